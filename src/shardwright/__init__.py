@@ -1,0 +1,70 @@
+"""Split any transformer over any number of devices; run it, train it, and know beforehand which split is best.
+
+Every public name is imported when it is first used: `import shardwright` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardwright.comm.group import Group
+    from shardwright.comm.single import SingleGroup
+    from shardwright.comm.thread import ThreadGroup
+    from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
+    from shardwright.layers.linear import (
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
+    from shardwright.layers.vocab import VocabParallelEmbedding, VocabParallelHead
+    from shardwright.layout.partition import Partition
+    from shardwright.layout.tensors import merge_tensors, split_tensor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ColumnParallelLinear": "layers.linear",
+    "Group": "comm.group",
+    "MergedColumnParallelLinear": "layers.linear",
+    "Partition": "layout.partition",
+    "QKVParallelLinear": "layers.linear",
+    "ReplicatedLinear": "layers.linear",
+    "RowParallelLinear": "layers.linear",
+    "SingleGroup": "comm.single",
+    "ThreadGroup": "comm.thread",
+    "VocabParallelEmbedding": "layers.vocab",
+    "VocabParallelHead": "layers.vocab",
+    "matmul_all_reduce": "kernels.matmul_all_reduce",
+    "merge_tensors": "layout.tensors",
+    "split_tensor": "layout.tensors",
+}
+"""Where each public name lives."""
+
+__all__ = [
+    "ColumnParallelLinear",
+    "Group",
+    "MergedColumnParallelLinear",
+    "Partition",
+    "QKVParallelLinear",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "SingleGroup",
+    "ThreadGroup",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
+    "matmul_all_reduce",
+    "merge_tensors",
+    "split_tensor",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shardwright' has no attribute '{name}'")
+    return import_module(f"shardwright.{_HOMES[name]}").__dict__[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

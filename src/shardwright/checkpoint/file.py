@@ -1,0 +1,88 @@
+"""A regular file opened for positional reads.
+
+Decides that a directory, a pipe and a short read are errors and not surprises. Knows no format; counts what it reads.
+"""
+
+import os
+import stat
+from types import TracebackType
+from typing import Self
+
+from shardwright.errors import FileError, UsageError
+
+
+class File:
+    """Bytes of one file by position. Not shared between threads: the count would tear.
+
+    Raises:
+        FileError: it cannot be opened, or is no regular file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self.bytes_read = 0
+        self._fd = -1
+        try:
+            # Without O_NONBLOCK, opening a pipe waits for its writer.
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            status = os.fstat(self._fd)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise FileError(self.path, f"it cannot be opened: {_reason(error)}", "check the path") from None
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FileError(self.path, "it is not a regular file", "check the path")
+        self.size = status.st_size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on."""
+        data = bytearray(count)
+        self.read_into(offset, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target`, a view of bytes, from `offset` on.
+
+        Raises:
+            FileError: the file ends before that, or the device fails.
+            UsageError: it is closed.
+        """
+        fd, done = self._open(), 0
+        while done < len(target):
+            try:
+                # One call moves at most 2 GiB, and a signal may cut it short.
+                got = os.preadv(fd, [target[done:]], offset + done)
+            except OSError as error:
+                raise FileError(
+                    self.path, f"byte {offset + done:,} cannot be read: {_reason(error)}", "try again"
+                ) from None
+            if not got:
+                problem = f"it ends at byte {offset + done:,} where byte {offset + len(target):,} is wanted"
+                raise FileError(self.path, f"{problem} (it was shortened while open)", "download it again")
+            done += got
+        self.bytes_read += done
+
+    def will_need(self) -> None:
+        """Ask the system to start reading the whole file ahead; returns at once."""
+        os.posix_fadvise(self._open(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def _open(self) -> int:
+        if self._fd < 0:
+            raise UsageError("file", self.path, "it is closed", "read before leaving the `with` block")
+        return self._fd
+
+    def close(self) -> None:
+        """Give the descriptor back; a second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

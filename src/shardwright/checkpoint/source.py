@@ -1,0 +1,89 @@
+"""An opened checkpoint: what it holds, what its model's config says, and the bytes of the pieces a rank owns.
+
+Decides that a tensor is looked up by name and must have the shape the table says. Knows no file format and no model;
+`opening` makes one. torch is imported by the first read, so that planners can open checkpoints without it.
+"""
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from shardwright.checkpoint.entry import Entry, quoted
+from shardwright.checkpoint.file import File
+from shardwright.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shardwright.layout.spec import Piece, TensorSpec
+
+
+class Checkpoint:
+    """Files held open, and what their headers say. One thread each; open it after a fork, not before.
+
+    path: as it was given · entries: tensors by name · config: the parsed config.json, or GGUF's metadata ·
+    header_bytes: what was read to learn where the tensors are.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: Mapping[str, object], files: Mapping[File, Mapping[str, Entry]]
+    ) -> None:
+        self.path = os.fspath(path)
+        self.config = config
+        self.entries = {name: entry for entries in files.values() for name, entry in entries.items()}
+        self._files = tuple(files)
+        self._file_of = {name: file for file, entries in files.items() for name in entries}
+        self.header_bytes = sum(file.bytes_read for file in self._files)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far."""
+        return sum(file.bytes_read for file in self._files) - self.header_bytes
+
+    def read(self, piece: "Piece", out: "Tensor") -> None:
+        """Fill `out`, the view of a parameter that `piece.local_ranges` denotes, cast to its dtype.
+
+        Reads only the bytes (of a block-quantised tensor: the blocks) that hold the piece, some MB at a time.
+
+        Raises:
+            FileError: the tensor is missing or has another shape, or the file was shortened since it was opened.
+            UnsupportedError: the file holds integers where `out` holds floats, or the other way round.
+            UsageError: `out` does not have the piece's shape, or the checkpoint is closed.
+        """
+        from shardwright.checkpoint.transfer import transfer
+
+        entry = self.entries.get(piece.source)
+        if entry is None:
+            problem = f"there is no tensor {quoted(piece.source)} of shape {list(piece.source_shape)}"
+            raise FileError(self.path, f"{problem} among its {len(self.entries)}", "check that it is of this model")
+        file = self._file_of[entry.name]
+        if entry.shape != piece.source_shape:
+            problem = f"tensor {quoted(entry.name)} has shape {list(entry.shape)}"
+            wanted = f"the model's config asks for {list(piece.source_shape)}"
+            raise FileError(file.path, f"{problem} where {wanted}", "use the config these weights came with")
+        transfer(file, entry, piece, out)
+
+    def fill(self, parameter: "Tensor", spec: "TensorSpec") -> None:
+        """Read every piece of one parameter on this rank."""
+        for piece in spec.pieces:
+            view = parameter.detach()
+            for dim, (start, stop) in enumerate(piece.local_ranges):
+                view = view.narrow(dim, start, stop - start)
+            self.read(piece, view)
+
+    def will_need(self) -> None:
+        """Ask the system to start reading the files ahead; returns at once."""
+        for file in self._files:
+            file.will_need()
+
+    def close(self) -> None:
+        """Give the files back; a second call does nothing."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

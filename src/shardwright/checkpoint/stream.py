@@ -1,0 +1,97 @@
+"""Little-endian values read one after another from the start of a file.
+
+Decides how far a header may reach: nothing is read or allocated that the file does not hold. Knows no format.
+"""
+
+from struct import Struct
+
+from shardwright.checkpoint.file import File
+from shardwright.errors import FileError
+
+MAX_BYTES = 100_000_000
+"""Longest header: a vocabulary of 256 k tokens with its merges takes some 15 MB."""
+
+CHUNK = 1 << 20
+U32 = Struct("<I")
+U64 = Struct("<Q")
+
+
+class Stream:
+    """A forward reader. `what` names, in errors, the thing being read."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self._limit = min(file.size, MAX_BYTES)
+        self._data = b""
+        self._base = 0
+        self._at = 0
+
+    @property
+    def position(self) -> int:
+        """The next byte's place in the file."""
+        return self._base + self._at
+
+    def check(self, count: int, least: int, what: str) -> None:
+        """Refuse `count` things of at least `least` bytes each that cannot lie ahead.
+
+        Raises:
+            FileError: they would run past the end of the file, or of what a header may take.
+        """
+        if count * least > self._limit - self.position:
+            end = f"the file has {self.file.size:,}" if self._limit == self.file.size else f"a header {MAX_BYTES:,}"
+            problem = f"{what} at byte {self.position:,} needs {count * least:,} bytes or more but {end}"
+            raise FileError(self.file.path, problem, "download it again")
+
+    def take(self, count: int, what: str) -> bytes:
+        """The next `count` bytes."""
+        if self._at + count > len(self._data):
+            self.check(count, 1, what)
+            rest = self._data[self._at :]
+            self._base, self._at = self.position, 0
+            ahead = min(max(count, CHUNK), self._limit - self._base)
+            self._data = rest + self.file.read(self._base + len(rest), ahead - len(rest))
+        start = self._at
+        self._at += count
+        return self._data[start : self._at]
+
+    def u32(self, what: str) -> int:
+        """An unsigned 32-bit integer."""
+        value: int = U32.unpack(self.take(4, what))[0]
+        return value
+
+    def u64(self, what: str) -> int:
+        """An unsigned 64-bit integer."""
+        value: int = U64.unpack(self.take(8, what))[0]
+        return value
+
+    def string(self, what: str) -> str:
+        """A 64-bit length, then that many bytes of UTF-8."""
+        data = self.take(self.u64(what), what)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            raise self._not_utf8(self.position - len(data), what) from None
+
+    def strings(self, count: int, what: str) -> tuple[str, ...]:
+        """`count` strings. Those wholly in the chunk at hand, nearly all, take the tight loop."""
+        self.check(count, 8, what)
+        out: list[str] = []
+        while len(out) < count:
+            data, at, size = self._data, self._at, len(self._data)
+            try:
+                for _ in range(count - len(out)):
+                    stop = at + 8 + int.from_bytes(data[at : at + 8], "little")
+                    if stop > size:
+                        break
+                    out.append(data[at + 8 : stop].decode())
+                    at = stop
+            except UnicodeDecodeError:
+                raise self._not_utf8(self._base + at + 8, what) from None
+            self._at = at
+            if len(out) < count:
+                out.append(self.string(what))
+        return tuple(out)
+
+    def _not_utf8(self, offset: int, what: str) -> FileError:
+        problem = f"the string of {what} at byte {offset:,} is not valid UTF-8"
+        return FileError(self.file.path, problem, "download it again")

@@ -1,0 +1,107 @@
+"""Ranks for a process that must not fork: one where torch may have computed already (`LLM`, tests, notebooks).
+
+A fresh launcher process imports torch once, forks the ranks and relays their messages. What the ranks run is named,
+`module:function`, and its arguments are JSON: nothing is pickled. `python -m shardwright.comm.spawn` is the launcher.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self, final
+
+from shardwright.comm.channel import Channel, Message
+from shardwright.comm.job import GRACE, Job, rebuilt
+from shardwright.errors import RankError, ShardwrightError, UsageError
+
+
+@final
+class SpawnedJob:
+    """N ranks forked by a fresh launcher process; otherwise like `Job`."""
+
+    def __init__(self, n: int, target: str, arguments: Sequence[Any] = ()) -> None:
+        if n < 1:
+            raise UsageError("tp", n, "tensor parallelism needs at least one rank", "pass tp=1")
+        self._channel, theirs = Channel.pair()
+        fd = theirs.fileno()
+        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, json.dumps(list(arguments))]
+        self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._kill()
+
+    def send(self, message: Message) -> None:
+        """Tell every rank."""
+        self._channel.send(message)
+
+    def receive(self) -> Message | None:
+        """The next message of any rank, with its `rank`; None when all have ended. Raises a rank's failure."""
+        message = self._channel.receive()
+        if message is None:
+            code = self._process.wait()
+            if code:
+                raise RankError(
+                    f"the ranks' launcher (pid {self._process.pid}) ended with {code}; see its output above"
+                )
+            return None
+        if "error" in message:
+            self._process.wait()
+            raise rebuilt(message["error"] | {"rank": "?"}, self._process.pid)
+        return message
+
+    def close(self) -> None:
+        """Hang up and wait for the ranks and their launcher to end."""
+        self._channel.close()
+        try:
+            self._process.wait(2 * GRACE)
+        except subprocess.TimeoutExpired:
+            self._kill()
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+
+def resolve(target: str) -> Any:
+    """The function named `module:function`."""
+    module, _, name = target.partition(":")
+    return import_module(module).__dict__[name]
+
+
+def main(fd: int, n: int, target: str, arguments: list[Any]) -> int:
+    """Fork the ranks and relay, until they end or the driver hangs up."""
+    import torch  # noqa: F401  once, before the fork, for all ranks
+
+    driver, body = Channel.from_fd(fd), resolve(target)
+    try:
+        with Job(n, lambda group, channel: body(group, channel, *arguments)) as job:
+            Thread(target=_relay_commands, args=(driver, job), daemon=True).start()
+            while (message := job.receive()) is not None:
+                driver.send(message)
+    except ShardwrightError as error:
+        report = {"kind": type(error).__name__, "message": str(error), "traceback": "\n".join(error.__notes__)}
+        driver.send({"error": report})
+        return error.exit_code
+    return 0
+
+
+def _relay_commands(driver: Channel, job: Job) -> None:
+    while (message := driver.receive()) is not None:
+        job.send(message)
+    job.hang_up()
+
+
+if __name__ == "__main__":
+    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])))

@@ -1,0 +1,183 @@
+"""`TorchGroup`: ranks as processes over torch.distributed's gloo. NCCL and HCCL will take the same road.
+
+Waits poll the work handle and the abort word and never block inside the backend, so a dead peer ends them within
+seconds. Sums are the backend's, in its order; `deterministic=True` gathers and sums in rank order instead.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from threading import Thread
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+
+from shardwright.comm.group import Call, Done, Group, Handle, put, sum_in_rank_order
+from shardwright.comm.watch import AbortWord, poll
+from shardwright.errors import AbortedError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+JOIN_TIMEOUT = timedelta(seconds=60)
+ABORT_GRACE = 2.0
+"""Seconds after a broken connection in which the launcher names the rank that died."""
+
+
+class _WorkHandle(Handle):
+    """A collective of the backend; `finish` turns its buffers into the result."""
+
+    def __init__(self, call: Call, work: dist.Work, abort: AbortWord, finish: Callable[[], Tensor]) -> None:
+        super().__init__(call)
+        self._work, self._abort, self._then = work, abort, finish
+
+    def done(self) -> bool:
+        """Whether the backend has finished."""
+        return self._result is not None or self._work.is_completed()
+
+    def _finish(self) -> Tensor:
+        poll(self._work.is_completed, self._abort, self.call)
+        _settle(self._work, self._abort, self.call)
+        return self._then()
+
+
+class _PeerHandle(Handle):
+    """A send or receive: gloo's work handle never reports completion by itself, so a thread of its own waits for it."""
+
+    def __init__(self, call: Call, work: dist.Work, abort: AbortWord, x: Tensor) -> None:
+        super().__init__(call)
+        self._work, self._abort, self._x = work, abort, x
+        self._thread = Thread(target=self._wait_for_peer, daemon=True)
+        self._broken: RuntimeError | None = None
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether the tensor has moved."""
+        return not self._thread.is_alive()
+
+    def _wait_for_peer(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._broken = error
+
+    def _finish(self) -> Tensor:
+        poll(self.done, self._abort, self.call)
+        if self._broken:
+            raise _lost(self._abort, self.call, self._broken)
+        return self._x
+
+
+@final
+class TorchGroup(Group):
+    """Ranks as processes, connected through a store when made: by `comm.job` on one host, by `comm.launch` on many.
+
+    ranks: all members, by their numbers in the job · rank: this one's number there · deterministic: sum in rank order.
+    """
+
+    def __init__(self, store: "Store", ranks: tuple[int, ...], rank: int, abort: AbortWord) -> None:
+        super().__init__(ranks.index(rank), len(ranks))
+        self._store, self._ranks, self._abort = store, ranks, abort
+        self._splits = 0
+        self.deterministic = False
+        self._backend = _gloo(PrefixStore("-".join(map(str, ranks)), store), self.rank, self.size)
+
+    def split(self, ranks: Sequence[int]) -> "TorchGroup":
+        """The group of those ranks, connected before this returns."""
+        members = self.check_members(ranks)
+        self._splits += 1
+        store = PrefixStore(f"split {self._splits}", self._store)
+        child = TorchGroup(store, tuple(self._ranks[rank] for rank in members), self._ranks[self.rank], self._abort)
+        child.deterministic = self.deterministic
+        self.barrier(tag="split")
+        return child
+
+    def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
+        if self.deterministic:
+            return self._gathered(x, call, lambda parts: put(sum_in_rank_order(parts), out))
+        y = put(x, out) if out is not None and out.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        return self._handle(call, self._backend.allreduce([y]), lambda: y if out is None or out is y else out.copy_(y))
+
+    def _all_gather(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Handle:
+        rows = x.movedim(dim, 0)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # gloo refuses unequal sizes
+        padded[: len(rows)] = rows
+        return self._gathered(
+            padded, call, lambda parts: _joined([p[:n] for p, n in zip(parts, sizes, strict=True)], dim)
+        )
+
+    def _reduce_scatter(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Handle:
+        mine = sizes[self.rank]
+
+        def summed(rows: Tensor) -> Tensor:
+            parts = list(rows.view(self.size, mine, *rows.shape[1:]))
+            return sum_in_rank_order(parts).movedim(0, dim).contiguous()
+
+        return self._exchanged(x.movedim(dim, 0), sizes, [mine] * self.size, call, summed)
+
+    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int], call: Call) -> Handle:
+        return self._exchanged(x, send, receive, call, lambda rows: rows)
+
+    def _broadcast(self, x: Tensor, root: int, call: Call) -> Handle:
+        y = x.clone(memory_format=torch.contiguous_format)
+        return self._handle(call, self._backend.broadcast(y, root), lambda: y)
+
+    def _send(self, x: Tensor, destination: int, call: Call) -> Handle:
+        return _PeerHandle(call, self._backend.send([x.contiguous()], destination, 0), self._abort, x)
+
+    def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, call: Call) -> Handle:
+        x = torch.empty(shape, dtype=dtype)
+        return _PeerHandle(call, self._backend.recv([x], source, 0), self._abort, x)
+
+    def _barrier(self, call: Call) -> Handle:
+        return self._handle(call, self._backend.allreduce([torch.zeros(1)]), lambda: torch.empty(0))
+
+    def _gathered(self, x: Tensor, call: Call, finish: Callable[[list[Tensor]], Tensor]) -> Handle:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        if not x.numel():
+            return Done(call, finish(parts))
+        return self._handle(call, self._backend.allgather([parts], [x]), lambda: finish(parts))
+
+    def _exchanged(
+        self, x: Tensor, send: list[int], receive: list[int], call: Call, finish: Callable[[Tensor], Tensor]
+    ) -> Handle:
+        rows = x.new_empty(sum(receive), *x.shape[1:])
+        work = self._backend.alltoall_base(rows, x.contiguous(), receive, send)
+        return self._handle(call, work, lambda: finish(rows))
+
+    def _handle(self, call: Call, work: dist.Work, finish: Callable[[], Tensor]) -> Handle:
+        return _WorkHandle(call, work, self._abort, finish)
+
+
+def _gloo(store: "Store", rank: int, size: int) -> dist.ProcessGroup:
+    """A backend that listens on loopback only, connected to all its peers."""
+    gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out its options, and that it is called like a ProcessGroup
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._timeout = JOIN_TIMEOUT
+    return cast("dist.ProcessGroup", gloo(store, rank, size, options))
+
+
+def _settle(work: dist.Work, abort: AbortWord, call: Call) -> None:
+    """Raise what went wrong in a work that has completed."""
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise _lost(abort, call, error) from error
+
+
+def _lost(abort: AbortWord, call: Call, error: RuntimeError) -> AbortedError:
+    """A connection broke: give the launcher a moment to say who died, since that is the cause."""
+    deadline = time.monotonic() + ABORT_GRACE
+    while abort.failed() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    abort.check(call)
+    return AbortedError(f"{call} broke off: {str(error).splitlines()[0]}")
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts).movedim(0, dim).contiguous()

@@ -1,0 +1,63 @@
+"""Each kernel in its obviously right torch form: the oracle of every other one, and what meta tensors take.
+
+All are differentiable. Sizes as in `docs/notation.md`; a rank with no heads or no features passes empty dims.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardwright.comm import regions
+from shardwright.comm.group import Group
+
+
+def matmul_all_reduce(
+    x1: Tensor, x2: Tensor, group: Group, *, bias: Tensor | None = None, x3: Tensor | None = None, tag: str = ""
+) -> Tensor:
+    """`all_reduce(x1 @ x2 + bias + x3)`; see `kernels.matmul_all_reduce` for the contract."""
+    y = x1 @ x2
+    if bias is not None:
+        y = y + bias
+    if x3 is not None:
+        y = y + x3
+    return regions.reduce(y, group, tag)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dim, in float32 until the weight (Zhang & Sennrich 2019)."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of each head of `x [T, heads, D]` by the angles of `cos, sin [T, D/2]` (Su 2021)."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` of the two halves of `gate_up [T, 2 F_r]` (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float) -> Tensor:
+    """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
+
+    kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks.
+    """
+    index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
+    keys, values = k.index_select(1, index).transpose(0, 1), v.index_select(1, index).transpose(0, 1)
+    scores = q.transpose(0, 1) @ keys.transpose(1, 2) * scale
+    length, held = q.shape[0], k.shape[0]
+    hidden = torch.ones(length, held, dtype=torch.bool, device=q.device).triu(held - length + 1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=_wide(q)).to(q.dtype)
+    return (weights @ values).transpose(0, 1)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype

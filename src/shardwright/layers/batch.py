@@ -1,0 +1,39 @@
+"""`Batch`: everything one forward reads besides weights and KV pages, stated explicitly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid end to end: T tokens in all, sequence s contributing its next `lengths[s]` ones.
+
+    tokens, positions `[T]` int64 · lengths: new tokens of each sequence · held: tokens of each sequence in the KV pages
+    after this step · tables: the KV pages of each sequence, in order · rows: which of the T rows give logits, or None
+    for all of them.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    held: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...] = ()
+    rows: Tensor | None = None
+
+    @classmethod
+    def whole(cls, sequences: Sequence[Sequence[int]], device: str = "cpu") -> "Batch":
+        """Whole sequences from their first token on, all logits wanted, no KV kept: training and scoring."""
+        lengths = tuple(len(sequence) for sequence in sequences)
+        tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64, device=device)
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        return cls(tokens, positions, lengths, held=lengths)
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last-but-one row of each sequence."""
+        stops = list(accumulate(self.lengths))
+        return list(zip([0, *stops], stops, strict=False))

@@ -1,0 +1,64 @@
+"""Where keys and values of past tokens live: nowhere (`FreshKV`), or in pages (`PagedKV`). One store a layer."""
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from shardwright.layers.batch import Batch
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one sequence, each `[L, K_r, D]`."""
+
+
+class KVStore(ABC):
+    """Takes the keys and values of a batch's new tokens; gives those of each sequence so far."""
+
+    @abstractmethod
+    def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
+        """`k, v [T, K_r, D]` of the new tokens → for each sequence its keys and values, new ones included."""
+
+
+@final
+class FreshKV(KVStore):
+    """Keeps nothing: every sequence is whole in its batch. Differentiable."""
+
+    def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
+        """The new ones are all there are."""
+        return [(k[start:stop], v[start:stop]) for start, stop in batch.ranges]
+
+
+@final
+class PagedKV(KVStore):
+    """Pages `[pages, page, K_r, D]` shared by all sequences; a sequence's table lists its pages in order.
+
+    Contiguous storage is one page a sequence: then nothing is copied when reading.
+    """
+
+    def __init__(self, pages: int, page: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+        self.k = torch.empty(pages, page, kv_heads, head_size, dtype=dtype)
+        self.v = torch.empty_like(self.k)
+
+    def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
+        """Write the new tokens' slots, then read each sequence's pages."""
+        page = self.k.shape[1]
+        slots = torch.tensor(
+            [
+                table[position // page] * page + position % page
+                for table, length, held in zip(batch.tables, batch.lengths, batch.held, strict=True)
+                for position in range(held - length, held)
+            ]
+        )
+        for pages, new in ((self.k, k), (self.v, v)):
+            pages.flatten(0, 1).index_copy_(0, slots, new)
+        return [
+            (_joined(self.k, table, held), _joined(self.v, table, held))
+            for table, held in zip(batch.tables, batch.held, strict=True)
+        ]
+
+
+def _joined(pages: Tensor, table: tuple[int, ...], held: int) -> Tensor:
+    if len(table) == 1:
+        return pages[table[0], :held]
+    return pages[list(table)].flatten(0, 1)[:held]

@@ -1,0 +1,110 @@
+"""What a rank holds of each kind of parallel layer: the one statement of how each is sharded.
+
+Every function takes whole sizes, the cuts and a rank, and returns that rank's `Specs`, keyed by the layer's own
+parameter names. The layers are built from these tables, and the tables of whole models are joined from them. Source
+names are the layer's own (`weight`, `q.weight`, `1.weight`); a model puts its checkpoint's names in their place.
+"""
+
+from collections.abc import Sequence
+
+from shardwright.layout.heads import HeadPartition
+from shardwright.layout.partition import Partition, Range
+from shardwright.layout.spec import Gradient, Piece, Specs, TensorSpec
+
+DTYPE = "float32"
+
+
+def replicated(
+    sizes: dict[str, tuple[int, ...]], ranks: int, *, gradient: Gradient = "whole", dtype: str = DTYPE
+) -> Specs:
+    """Parameters every rank holds whole. `partial` where each rank sees only its share of what uses them."""
+    everyone = tuple(range(ranks))
+    return {
+        name: TensorSpec(shape, dtype, (Piece(name, shape, _whole(shape), _box(shape), everyone, gradient=gradient),))
+        for name, shape in sizes.items()
+    }
+
+
+def column_linear(in_features: int, outs: Sequence[Partition], rank: int, *, bias: bool, dtype: str = DTYPE) -> Specs:
+    """Weights `[O, I]` cut by rows, one after another: `w_r [sum O_r, I]`. One part's source is plain `weight`."""
+    widths = [out.widths[rank] for out in outs]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    specs: Specs = {}
+    for name, columns in (("weight", (in_features,)), *((("bias", ()),) if bias else ())):
+        pieces = tuple(
+            Piece(
+                name if len(outs) == 1 else f"{index}.{name}",
+                (out.size, *columns),
+                ((out.range(rank),), *_whole(columns)),
+                ((start, start + width), *_box(columns)),
+                (rank,),
+            )
+            for index, (out, start, width) in enumerate(zip(outs, starts, widths, strict=True))
+            if width
+        )
+        specs[name] = TensorSpec((sum(widths), *columns), dtype, pieces)
+    return specs
+
+
+def row_linear(in_features: Partition, out_features: int, rank: int, *, bias: bool, dtype: str = DTYPE) -> Specs:
+    """Weight `[O, I]` cut by columns: `w_r [O, I_r]`; the bias is whole on every rank and added once."""
+    whole = (out_features, in_features.size)
+    local = (out_features, in_features.widths[rank])
+    piece = Piece("weight", whole, (((0, out_features),), (in_features.range(rank),)), _box(local), (rank,))
+    specs = {"weight": TensorSpec(local, dtype, (piece,) if local[1] else ())}
+    return specs | (replicated({"bias": (out_features,)}, in_features.ranks, dtype=dtype) if bias else {})
+
+
+def vocab_table(vocabulary: Partition, hidden: int, rank: int, *, dtype: str = DTYPE) -> Specs:
+    """A table `[V, H]` (embedding or head) cut by rows of the vocabulary: `w_r [V_r, H]`."""
+    return column_linear(hidden, (vocabulary,), rank, bias=False, dtype=dtype)
+
+
+def qkv_linear(
+    in_features: int, heads: HeadPartition, head_size: int, rank: int, *, bias: bool, dtype: str = DTYPE
+) -> Specs:
+    """Fused projections `[(N_r + 2 K_r) D, H]`: this rank's query heads, then the KV heads they need.
+
+    One piece for the query rows and one for each KV head, of k then of v: KV heads have holders of their own. The
+    gradient of a replicated KV head is partial, since each holder sees only its own query heads.
+    """
+    first, last = heads.kv_range(rank)
+    count = last - first
+    queries = heads.query.times(head_size)
+    specs: Specs = {}
+    for name, columns in (("weight", (in_features,)), *((("bias", ()),) if bias else ())):
+        pieces = [
+            Piece(
+                f"q.{name}",
+                (queries.size, *columns),
+                ((queries.range(rank),), *_whole(columns)),
+                ((0, queries.widths[rank]), *_box(columns)),
+                (rank,),
+            )
+        ]
+        at = queries.widths[rank]
+        for part in ("k", "v"):
+            for head in range(first, last):
+                holders = heads.kv_holders(head)
+                pieces.append(
+                    Piece(
+                        f"{part}.{name}",
+                        (heads.kv_heads * head_size, *columns),
+                        (((head * head_size, (head + 1) * head_size),), *_whole(columns)),
+                        ((at, at + head_size), *_box(columns)),
+                        holders,
+                        gradient="partial" if len(holders) > 1 else "whole",
+                    )
+                )
+                at += head_size
+        rows = queries.widths[rank] + 2 * count * head_size
+        specs[name] = TensorSpec((rows, *columns), dtype, tuple(pieces) if rows else ())
+    return specs
+
+
+def _box(shape: Sequence[int]) -> tuple[Range, ...]:
+    return tuple((0, size) for size in shape)
+
+
+def _whole(shape: Sequence[int]) -> tuple[tuple[Range, ...], ...]:
+    return tuple(((0, size),) for size in shape)

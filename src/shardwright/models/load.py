@@ -1,0 +1,85 @@
+"""The one loader: from a path to this rank's part of a model. Every rank reads only its own bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import nn
+
+from shardwright.checkpoint.opening import open_checkpoint
+from shardwright.checkpoint.source import Checkpoint
+from shardwright.comm.group import Group
+from shardwright.errors import FileError, UsageError
+from shardwright.layout.spec import Specs
+from shardwright.models.config import ModelConfig
+from shardwright.models.decoder import Decoder
+from shardwright.models.families import Naming
+from shardwright.models.read import read_config
+from shardwright.models.specs import Cuts, model_specs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+Progress = Callable[[int, int], None]
+"""Called with the parameters filled so far and their number."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A rank's part of a model. weight_bytes: in memory here · bytes_read: of tensors in the files, by this rank."""
+
+    model: Decoder
+    weight_bytes: int
+    bytes_read: int
+
+
+def load(
+    path: str | PathLike[str], group: Group, *, dtype: str | None = None, progress: Progress | None = None
+) -> Loaded:
+    """Load a Hugging Face directory or a GGUF file over the group's ranks.
+
+    dtype: by name; by default the file's own, float32 for a quantised one. Every tensor of the file must have its place
+    in the model, so that what is computed is what was trained.
+
+    Raises:
+        FileError, UnsupportedError: the checkpoint is damaged, or of a kind not built; alike on all ranks.
+        UsageError: an unknown dtype.
+    """
+    with open_checkpoint(path) as checkpoint:
+        checkpoint.will_need()
+        config, naming = read_config(checkpoint)
+        dtype = dtype or config.dtype
+        if dtype not in DTYPES:
+            raise UsageError("dtype", dtype, "there is no such weight type", f"use one of {', '.join(DTYPES)}")
+        cuts = Cuts.balanced(config, group.size)
+        specs = model_specs(config, cuts, group.rank, naming, dtype=dtype)
+        _check_complete(checkpoint, config, naming)
+        with torch.device("meta"):
+            model = Decoder(config, group, cuts).to(DTYPES[dtype])
+        _fill(model, specs, checkpoint, progress or (lambda done, total: None))
+        return Loaded(model, sum(spec.nbytes for spec in specs.values()), checkpoint.bytes_read)
+
+
+def _fill(model: Decoder, specs: Specs, checkpoint: Checkpoint, progress: Progress) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if expected != {name: spec.shape for name, spec in specs.items()}:
+        raise AssertionError("models.specs and models.decoder disagree about the model's parameters")
+    for done, (name, spec) in enumerate(specs.items(), start=1):
+        weight = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        checkpoint.fill(weight, spec)
+        module, _, parameter = name.rpartition(".")
+        model.get_submodule(module).register_parameter(parameter, nn.Parameter(weight))
+        progress(done, len(specs))
+
+
+def _check_complete(checkpoint: Checkpoint, config: ModelConfig, naming: Naming) -> None:
+    """Refuse a tensor that the model would not use: it would compute something else than the file's authors did."""
+    whole = model_specs(config, Cuts.balanced(config, 1), 0, naming)
+    used = {piece.source for spec in whole.values() for piece in spec.pieces}
+    ignored = {template.format(i=layer) for template in naming.ignored for layer in range(config.layers)}
+    if config.tied:
+        ignored.add(f"{naming.names['head']}.weight")
+    extra = sorted(checkpoint.entries.keys() - used - ignored)
+    if extra:
+        problem = f"tensor '{extra[0]}' ({len(extra)} such) has no place in a {config.family} model"
+        raise FileError(checkpoint.path, problem, "check that config and weights belong together")
