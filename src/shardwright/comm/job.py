@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self, final
+from typing import Self, final
 
 import shardwright.errors
 from shardwright.comm.channel import Channel, Message
@@ -30,19 +30,6 @@ GRACE = 3.0
 
 Body = Callable[[Group, Channel], None]
 """What a rank does: gets its group and its line to the driver; returns when the driver hangs up."""
-
-
-class Driver(Protocol):
-    """The driver's side of running ranks, whether forked here or by a fresh launcher process."""
-
-    def send(self, message: Message) -> None:
-        """Tell every rank."""
-
-    def receive(self) -> Message | None:
-        """The next message of any rank, with its `rank`; None when all have ended. Raises a rank's failure."""
-
-    def close(self) -> None:
-        """Hang up and wait for the ranks to end."""
 
 
 @final

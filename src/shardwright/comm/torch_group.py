@@ -22,6 +22,7 @@ from shardwright.errors import AbortedError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=60)
 ABORT_GRACE = 2.0
 """Seconds after a broken connection in which the launcher names the rank that died."""
@@ -75,22 +76,27 @@ class _PeerHandle(Handle):
 class TorchGroup(Group):
     """Ranks as processes, connected through a store when made: by `comm.job` on one host, by `comm.launch` on many.
 
-    ranks: all members, by their numbers in the job · rank: this one's number there · deterministic: sum in rank order.
+    ranks: all members, by their numbers in the job · rank: this one's number there · address: where this host listens
+    for its peers · deterministic: sum in rank order.
     """
 
-    def __init__(self, store: "Store", ranks: tuple[int, ...], rank: int, abort: AbortWord) -> None:
+    def __init__(
+        self, store: "Store", ranks: tuple[int, ...], rank: int, abort: AbortWord, address: str = LOOPBACK
+    ) -> None:
         super().__init__(ranks.index(rank), len(ranks))
-        self._store, self._ranks, self._abort = store, ranks, abort
+        self._store, self._ranks, self._abort, self._address = store, ranks, abort, address
         self._splits = 0
         self.deterministic = False
-        self._backend = _gloo(PrefixStore("-".join(map(str, ranks)), store), self.rank, self.size)
+        self._backend = _gloo(PrefixStore("-".join(map(str, ranks)), store), self.rank, self.size, address)
 
     def split(self, ranks: Sequence[int]) -> "TorchGroup":
         """The group of those ranks, connected before this returns."""
         members = self.check_members(ranks)
         self._splits += 1
         store = PrefixStore(f"split {self._splits}", self._store)
-        child = TorchGroup(store, tuple(self._ranks[rank] for rank in members), self._ranks[self.rank], self._abort)
+        child = TorchGroup(
+            store, tuple(self._ranks[rank] for rank in members), self._ranks[self.rank], self._abort, self._address
+        )
         child.deterministic = self.deterministic
         self.barrier(tag="split")
         return child
@@ -153,11 +159,11 @@ class TorchGroup(Group):
         return _WorkHandle(call, work, self._abort, finish)
 
 
-def _gloo(store: "Store", rank: int, size: int) -> dist.ProcessGroup:
-    """A backend that listens on loopback only, connected to all its peers."""
+def _gloo(store: "Store", rank: int, size: int, address: str) -> dist.ProcessGroup:
+    """A backend that listens on one address only, connected to all its peers."""
     gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out its options, and that it is called like a ProcessGroup
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = JOIN_TIMEOUT
     return cast("dist.ProcessGroup", gloo(store, rank, size, options))
 

@@ -36,6 +36,6 @@ class Attention(nn.Module):
         q, k = rotary(self.q_norm(q), *rope), rotary(self.k_norm(k), *rope)
         scale = self.head_size**-0.5
         sequences = zip(batch.ranges, kv.extend(batch, k, v), strict=True)
-        parts = [attention(q[start:stop], *past, self.kv_index, scale) for (start, stop), past in sequences]
+        parts = [attention(q[start:stop], *past, self.kv_index, scale) for (start, stop), past in sequences] or [q]
         y: Tensor = self.out(torch.cat(parts).reshape(len(x), self.heads * self.head_size))
         return y

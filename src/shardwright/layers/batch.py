@@ -29,7 +29,7 @@ class Batch:
         """Whole sequences from their first token on, all logits wanted, no KV kept: training and scoring."""
         lengths = tuple(len(sequence) for sequence in sequences)
         tokens = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64, device=device)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        positions = torch.cat([torch.arange(length, device=device) for length in (0, *lengths)])
         return cls(tokens, positions, lengths, held=lengths)
 
     @property

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from shardwright.errors import UsageError
 from shardwright.layers.batch import Batch
 
 KeysValues = tuple[Tensor, Tensor]
@@ -36,19 +37,31 @@ class PagedKV(KVStore):
     Contiguous storage is one page a sequence: then nothing is copied when reading.
     """
 
-    def __init__(self, pages: int, page: int, kv_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, page: int, kv_heads: int, head_size: int, dtype: torch.dtype, pages: int = 0) -> None:
         self.k = torch.empty(pages, page, kv_heads, head_size, dtype=dtype)
         self.v = torch.empty_like(self.k)
 
+    def grow(self, pages: int) -> None:
+        """Have at least that many pages; room at least doubles, so that growing costs little in sum."""
+        have = len(self.k)
+        if pages > have:
+            more = self.k.new_empty(max(pages, 2 * have) - have, *self.k.shape[1:])
+            self.k, self.v = torch.cat((self.k, more)), torch.cat((self.v, more))
+
     def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
-        """Write the new tokens' slots, then read each sequence's pages."""
+        """Write the new tokens' slots, then read each sequence's pages; `UsageError` where gradients are wanted."""
+        if k.requires_grad:
+            constraint = "pages keep no graph, so gradients would stop at them"
+            raise UsageError("kv", "PagedKV", constraint, "decode in torch.inference_mode(), or train with FreshKV")
         page = self.k.shape[1]
         slots = torch.tensor(
             [
                 table[position // page] * page + position % page
                 for table, length, held in zip(batch.tables, batch.lengths, batch.held, strict=True)
                 for position in range(held - length, held)
-            ]
+            ],
+            dtype=torch.int64,
+            device=self.k.device,
         )
         for pages, new in ((self.k, k), (self.v, v)):
             pages.flatten(0, 1).index_copy_(0, slots, new)

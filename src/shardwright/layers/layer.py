@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardwright.comm.group import Group, name_of
 from shardwright.errors import UsageError
 from shardwright.layers import random
-from shardwright.layout.partition import Range
+from shardwright.layout.partition import Partition, Range
 from shardwright.layout.spec import Piece, Specs, boxes
 
 INITIAL_STD = 0.02
@@ -25,8 +25,12 @@ class ParallelLayer(nn.Module, ABC):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, group: Group, name: str) -> None:
+    def __init__(self, group: Group, name: str, *cuts: Partition) -> None:
         super().__init__()
+        for partition in cuts:
+            if partition.ranks != group.size:
+                constraint = f"{name} runs on {group.size} ranks"
+                raise UsageError("partition", partition.widths, constraint, "give one width for each rank of the group")
         self.group = group
         self.name = name
 
@@ -42,18 +46,19 @@ class ParallelLayer(nn.Module, ABC):
 
         shard_id: `"q"`, `"k"` or `"v"` of a fused projection, or the index of a merged part; None elsewhere.
         """
+        held = self.specs()
+        if name not in held:
+            raise UsageError("name", name, f"{self.name} has no such parameter", f"use one of {list(held)}")
         source = name if shard_id is None else f"{shard_id}.{name}"
         shapes = self._sources(name)
         if source not in shapes:
-            known = sorted({piece.removesuffix(name).removesuffix(".") for piece in shapes} - {""})
-            raise UsageError(
-                "shard_id", shard_id, f"{self.name} has no part '{source}'", f"use one of {known or [None]}"
-            )
+            known = ", ".join(piece.removesuffix(name).removesuffix(".") or "None" for piece in shapes)
+            raise UsageError("shard_id", shard_id, f"{self.name} has no part '{source}'", f"its parts are {known}")
         if full_tensor.shape != shapes[source]:
             raise UsageError(
                 "full_tensor", list(full_tensor.shape), f"'{source}' is {list(shapes[source])}", "pass the whole tensor"
             )
-        for piece in self.specs()[name].pieces:
+        for piece in held[name].pieces:
             if piece.source == source:
                 local = narrowed(self.get_parameter(name).data, piece.local_ranges)
                 for there, here in boxes(piece.source_ranges):

@@ -65,7 +65,7 @@ class ColumnParallelLinear(_ColumnLinear):
     def __init__(
         self, in_features: int, out_features: Partition, group: Group, *, bias: bool = False, name: str = "linear"
     ) -> None:
-        super().__init__(group, name)
+        super().__init__(group, name, out_features)
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self._build()
 
@@ -90,7 +90,7 @@ class MergedColumnParallelLinear(_ColumnLinear):
         bias: bool = False,
         name: str = "linear",
     ) -> None:
-        super().__init__(group, name)
+        super().__init__(group, name, *out_features)
         self.in_features, self.out_features, self.has_bias = in_features, tuple(out_features), bias
         self._build()
 
@@ -117,7 +117,7 @@ class QKVParallelLinear(_ColumnLinear):
         bias: bool = False,
         name: str = "qkv",
     ) -> None:
-        super().__init__(group, name)
+        super().__init__(group, name, heads.query)
         self.in_features, self.heads, self.head_size, self.has_bias = in_features, heads, head_size, bias
         self._build()
 
@@ -146,7 +146,7 @@ class RowParallelLinear(ParallelLayer):
     def __init__(
         self, in_features: Partition, out_features: int, group: Group, *, bias: bool = False, name: str = "linear"
     ) -> None:
-        super().__init__(group, name)
+        super().__init__(group, name, in_features)
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
         self._build()
 

@@ -17,7 +17,7 @@ class _VocabTable(ParallelLayer):
     """A table `[V, H]` of which this rank holds the rows `[V_r, H]`."""
 
     def __init__(self, vocabulary: Partition, hidden: int, group: Group, *, name: str = "vocab") -> None:
-        super().__init__(group, name)
+        super().__init__(group, name, vocabulary)
         self.vocabulary, self.hidden = vocabulary, hidden
         self._build()
 

@@ -30,20 +30,24 @@ RENAMED = {
 
 
 class _Rope(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    rope_type: str = "default"
-    rope_theta: float | None = None
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    rope_type: str
+    rope_theta: float | None = Field(default=None, gt=0)
+    partial_rotary_factor: float = 1.0
+
+
+class _Llama3Rope(_Rope):
+    factor: float = Field(gt=0)
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)
 
 
 class _Schema(BaseModel):
     """The keys the decoder depends on; every other one is passed over."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     hidden_size: int = Field(ge=1, le=1 << 20)
     intermediate_size: int = Field(ge=1, le=1 << 24)
@@ -55,7 +59,7 @@ class _Schema(BaseModel):
     max_position_embeddings: int = Field(default=2048, ge=1)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float | None = Field(default=None, gt=0)
-    rope_parameters: _Rope | None = None
+    rope_parameters: dict[str, Any] | None = None
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False

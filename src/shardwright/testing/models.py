@@ -1,6 +1,7 @@
 """Tiny models, and their parameters put together again: what tests of anything sharded compare with."""
 
 from collections.abc import Mapping, Sequence
+from math import inf, isnan
 
 import torch
 from torch import Tensor
@@ -53,11 +54,12 @@ def whole_tensors(tensors: Mapping[str, Tensor], specs: Specs) -> dict[str, Tens
 
 
 def largest_difference(tensors: Mapping[str, Tensor], specs: Specs, whole: Mapping[str, Tensor]) -> float:
-    """The largest difference, relative to the largest value of the whole tensor, of any piece from its source."""
+    """The largest difference, relative to the largest value of the whole tensor, of any piece; infinite for a NaN."""
     worst = 0.0
     for name, spec in specs.items():
         for piece in spec.pieces:
             difference = narrowed(tensors[name], piece.local_ranges) - cut(whole[piece.source], piece)
             scale = whole[piece.source].abs().max().clamp_min(1e-30)
-            worst = max(worst, (difference.abs().max() / scale).item() if difference.numel() else 0.0)
+            relative = (difference.abs().max() / scale).item() if difference.numel() else 0.0
+            worst = inf if isnan(relative) else max(worst, relative)  # `max` passes over a NaN
     return worst

@@ -1,0 +1,117 @@
+"""`shardwright generate`: continue a prompt with a model split over ranks of this host."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shardwright.errors import UsageError
+
+if TYPE_CHECKING:
+    from shardwright.engine.request import Request
+    from shardwright.engine.session import RunReport, Session
+    from shardwright.text.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face directory or a GGUF file.  [default: the embedded SmolLM2-135M]")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Ranks to split the model over; any number.")] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16.  [default: float32 for GGUF, the file's own for safetensors]"),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False,
+) -> None:
+    """Continue a prompt; the text streams to stdout, one line of figures to stderr.
+
+    Example:  shardwright generate --tp 2 "What is the capital of France?"
+    """
+    from shardwright.comm.launch import check_ranks
+    from shardwright.engine.request import Request, SamplingParams
+    from shardwright.engine.source import ModelSource
+    from shardwright.models.embedded import embedded_model
+
+    check_ranks(tp)
+    if dtype not in (None, *DTYPES):
+        raise UsageError("dtype", dtype, "there is no such weight type", f"use {' or '.join(DTYPES)}")
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    source = ModelSource.open(model or embedded_model())
+    tokens = tuple(source.encode(prompt, raw=raw))
+    request = Request(number=0, tokens=tokens, params=params, stop=tuple(sorted(source.tokenizer.stop_ids)))
+    with _session(source.path, dtype, tp) as session:
+        generated = _streamed(session, request, source.tokenizer, quiet=as_json)
+    report = session.report
+    if as_json:
+        text = source.tokenizer.decode(generated)
+        figures = {"text": text, "token_ids": generated, "prompt_token_ids": list(tokens), **asdict(report)}
+        print(json.dumps(figures, ensure_ascii=False))
+    else:
+        print(_summary(report, len(generated)), file=sys.stderr)
+
+
+@contextmanager
+def _session(path: Path, dtype: str | None, tp: int) -> "Iterator[Session]":
+    """Ranks forked from this process, which has imported what they need and computed nothing."""
+    from shardwright.comm.job import Job
+    from shardwright.engine.session import Session
+    from shardwright.engine.worker import serve
+
+    started = time.monotonic()
+    with Job(tp, lambda group, channel: serve(group, channel, str(path), dtype)) as job, _bar() as progress:
+        yield Session(job, tp, started, progress)
+
+
+def _streamed(session: "Session", request: "Request", tokenizer: "Tokenizer", *, quiet: bool) -> list[int]:
+    """Generate, printing text as it becomes whole; the tokens."""
+    tokens, stream = [], tokenizer.stream()
+    for new in session.run([request]):
+        tokens.append(new.token)
+        if not quiet:
+            print(stream.step(new.token), end="", flush=True)
+    if not quiet:
+        print(stream.finish(), flush=True)
+    return tokens
+
+
+@contextmanager
+def _bar() -> "Iterator[Callable[[int, int], None] | None]":
+    """A progress bar on stderr while the weights load, gone when they are there; none where nobody looks."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading weights")
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:
+                bar.stop()
+
+        yield show
+
+
+def _summary(report: "RunReport", tokens: int) -> str:
+    read = ", ".join(f"{rank.bytes_read / 1e6:.1f}" for rank in report.ranks)
+    return (
+        f"loaded in {report.load_s:.1f} s · first token after {report.ttft_s:.2f} s · {tokens} tokens at "
+        f"{report.tokens_per_s:.1f} tokens/s · {report.comm_share:.0%} of it in communication · "
+        f"MB read by rank: {read}"
+    )

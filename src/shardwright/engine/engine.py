@@ -1,0 +1,68 @@
+"""`Engine`: one rank's part of serving requests. Every rank runs one, in step."""
+
+from typing import final
+
+import torch
+
+from shardwright.engine.request import NewToken, Request
+from shardwright.engine.sampler import sample
+from shardwright.engine.scheduler import Chunk, Scheduler
+from shardwright.layers.batch import Batch
+from shardwright.layers.kv import PagedKV
+from shardwright.models.decoder import Decoder
+
+PAGE = 128
+"""Tokens in a KV page: short texts fit one, and a single page is read in place."""
+
+
+@final
+class Engine:
+    """Advances all requests together, one batch a step. All ranks add the same requests in the same order."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.scheduler = Scheduler(model.config.context, PAGE)
+        heads, dtype = model.cuts.heads.kv_width(model.group.rank), model.embedding.weight.dtype
+        self.kv = [PagedKV(PAGE, heads, model.config.head_size, dtype) for _ in range(model.config.layers)]
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.scheduler.add(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unfinished."""
+        return self.scheduler.busy
+
+    @torch.inference_mode()
+    def step(self) -> list[NewToken]:
+        """Compute one batch; the new tokens, at most one a request."""
+        chunks = self.scheduler.schedule()
+        for store in self.kv:
+            store.grow(self.scheduler.pages_needed)
+        logits = self.model(batch_of(chunks), self.kv)
+        complete = [chunk.sequence for chunk in chunks if chunk.complete]
+        tokens = sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
+        self.model.group.end_step()
+        return self.scheduler.commit(chunks, tokens)
+
+
+def batch_of(chunks: list[Chunk]) -> Batch:
+    """The forward's input for these chunks: the rows that give logits are the last ones of complete sequences."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    for chunk in chunks:
+        start, stop = chunk.sequence.computed, chunk.sequence.computed + chunk.length
+        tokens += chunk.sequence.tokens[start:stop]
+        positions += range(start, stop)
+        if chunk.complete:
+            rows.append(len(tokens) - 1)
+    return Batch(
+        tokens=torch.tensor(tokens),
+        positions=torch.tensor(positions),
+        lengths=tuple(chunk.length for chunk in chunks),
+        held=tuple(chunk.sequence.computed + chunk.length for chunk in chunks),
+        tables=tuple(tuple(chunk.sequence.pages) for chunk in chunks),
+        rows=torch.tensor(rows, dtype=torch.int64),
+    )
