@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from shardwright.comm.group import Group
     from shardwright.comm.single import SingleGroup
     from shardwright.comm.thread import ThreadGroup
+    from shardwright.engine.llm import LLM
+    from shardwright.engine.request import SamplingParams
     from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
     from shardwright.layers.linear import (
         ColumnParallelLinear,
@@ -27,11 +29,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "ColumnParallelLinear": "layers.linear",
     "Group": "comm.group",
+    "LLM": "engine.llm",
     "MergedColumnParallelLinear": "layers.linear",
     "Partition": "layout.partition",
     "QKVParallelLinear": "layers.linear",
     "ReplicatedLinear": "layers.linear",
     "RowParallelLinear": "layers.linear",
+    "SamplingParams": "engine.request",
     "SingleGroup": "comm.single",
     "ThreadGroup": "comm.thread",
     "VocabParallelEmbedding": "layers.vocab",
@@ -43,6 +47,7 @@ _HOMES = {
 """Where each public name lives."""
 
 __all__ = [
+    "LLM",
     "ColumnParallelLinear",
     "Group",
     "MergedColumnParallelLinear",
@@ -50,6 +55,7 @@ __all__ = [
     "QKVParallelLinear",
     "ReplicatedLinear",
     "RowParallelLinear",
+    "SamplingParams",
     "SingleGroup",
     "ThreadGroup",
     "VocabParallelEmbedding",

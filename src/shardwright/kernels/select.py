@@ -25,10 +25,15 @@ class Choice:
     reason: str
 
 
+FUSED = (
+    "torch's fused attention keeps no [N, S, L] scores: on one AMD EPYC core in float32, 9 heads of 64, it takes 8 ms "
+    "for 512 tokens and 0.096 ms for one token over 512, the reference 11 to 26 ms and 0.11 ms"
+)
+
 TABLE: tuple[Choice, ...] = (
     Choice("matmul_all_reduce", "*", "*", "reference", "the only one so far: matmul, then the group's all-reduce"),
     Choice("attention", "meta", "*", "reference", "shapes and operation counts only"),
-    Choice("attention", "*", "*", "fused", "torch's fused attention reads scores once: 4 times faster at 512 tokens"),
+    Choice("attention", "*", "*", "fused", FUSED),
 )
 
 

@@ -52,8 +52,9 @@ class ParallelLayer(nn.Module, ABC):
         source = name if shard_id is None else f"{shard_id}.{name}"
         shapes = self._sources(name)
         if source not in shapes:
-            known = ", ".join(piece.removesuffix(name).removesuffix(".") or "None" for piece in shapes)
-            raise UsageError("shard_id", shard_id, f"{self.name} has no part '{source}'", f"its parts are {known}")
+            parts = ", ".join(part.removesuffix(f".{name}") for part in shapes if part != name)
+            remedy = f"its parts are {parts}" if parts else "leave it out"
+            raise UsageError("shard_id", shard_id, f"{self.name} has no part '{source}'", remedy)
         if full_tensor.shape != shapes[source]:
             raise UsageError(
                 "full_tensor", list(full_tensor.shape), f"'{source}' is {list(shapes[source])}", "pass the whole tensor"

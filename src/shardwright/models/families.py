@@ -114,6 +114,6 @@ def by_name(name: str) -> Family:
 
 
 def _find(name: object, known: dict[str, Family]) -> Family:
-    if name not in known:
-        raise UnsupportedError(f"architecture {name} is not supported; supported are {', '.join(sorted(known))}")
-    return known[str(name)]
+    if not isinstance(name, str) or name not in known:
+        raise UnsupportedError(f"architecture {name!r:.80} is not supported; supported are {', '.join(sorted(known))}")
+    return known[name]

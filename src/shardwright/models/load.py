@@ -53,7 +53,7 @@ def load(
             raise UsageError("dtype", dtype, "there is no such weight type", f"use one of {', '.join(DTYPES)}")
         cuts = Cuts.balanced(config, group.size)
         specs = model_specs(config, cuts, group.rank, naming, dtype=dtype)
-        _check_complete(checkpoint, config, naming)
+        _check_tensors(checkpoint, config, naming)
         with torch.device("meta"):
             model = Decoder(config, group, cuts).to(DTYPES[dtype])
         _fill(model, specs, checkpoint, progress or (lambda done, total: None))
@@ -72,14 +72,23 @@ def _fill(model: Decoder, specs: Specs, checkpoint: Checkpoint, progress: Progre
         progress(done, len(specs))
 
 
-def _check_complete(checkpoint: Checkpoint, config: ModelConfig, naming: Naming) -> None:
-    """Refuse a tensor that the model would not use: it would compute something else than the file's authors did."""
+def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, naming: Naming) -> None:
+    """Refuse, on every rank whatever it holds, a file that is not this model's: a tensor missing, misshapen or over.
+
+    One that the model would not use is refused because it would compute something else than the file's authors did.
+    """
     whole = model_specs(config, Cuts.balanced(config, 1), 0, naming)
-    used = {piece.source for spec in whole.values() for piece in spec.pieces}
+    used = {piece.source: list(piece.source_shape) for spec in whole.values() for piece in spec.pieces}
+    for name, shape in used.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None or list(entry.shape) != shape:
+            found = f"has shape {list(entry.shape)}" if entry else "is missing"
+            problem = f"tensor '{name}' {found} where the model's config asks for {shape}"
+            raise FileError(checkpoint.path, problem, "use the config these weights came with")
     ignored = {template.format(i=layer) for template in naming.ignored for layer in range(config.layers)}
     if config.tied:
         ignored.add(f"{naming.names['head']}.weight")
-    extra = sorted(checkpoint.entries.keys() - used - ignored)
+    extra = sorted(checkpoint.entries.keys() - used.keys() - ignored)
     if extra:
         problem = f"tensor '{extra[0]}' ({len(extra)} such) has no place in a {config.family} model"
         raise FileError(checkpoint.path, problem, "check that config and weights belong together")

@@ -5,7 +5,7 @@ forms are brought to Hugging Face's names and checked by one schema. Knows no we
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +27,9 @@ RENAMED = {
     "rope_theta": "rope.freq_base",
 }
 """Hugging Face's key → GGUF's, behind the architecture's name and a dot."""
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class _Rope(BaseModel):
@@ -57,6 +60,7 @@ class _Schema(BaseModel):
     head_dim: int | None = Field(default=None, ge=2, le=1 << 16)
     vocab_size: int = Field(ge=1, le=1 << 28)
     max_position_embeddings: int = Field(default=2048, ge=1)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float | None = Field(default=None, gt=0)
     rope_parameters: dict[str, Any] | None = None
@@ -87,7 +91,7 @@ def _from_huggingface(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     said = checkpoint.config
     architectures = said.get("architectures") or ["(none named in config.json)"]
     family = by_architecture(architectures[0] if isinstance(architectures, list) else architectures)
-    schema = _validated(said, f"{checkpoint.path}/config.json", {})
+    schema = _validated(_Schema, said, f"{checkpoint.path}/config.json", {})
     _refuse_what_differs(schema, checkpoint.path)
     embedding = family.huggingface.names["embedding"] + ".weight"
     tied = schema.tie_word_embeddings
@@ -103,9 +107,10 @@ def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     tokens = said.get("tokenizer.ggml.tokens")
     if "vocab_size" not in values and isinstance(tokens, tuple):
         values["vocab_size"] = len(tokens)
-    schema = _validated(values, checkpoint.path, keys)
-    scaling = said.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in checkpoint.entries:
+    schema = _validated(_Schema, values, checkpoint.path, keys)
+    plain = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1)}
+    scaled = [key for key, values in plain.items() if said.get(f"{architecture}.{key}", values[0]) not in values]
+    if scaled or "rope_freqs.weight" in checkpoint.entries:
         raise UnsupportedError(
             f"{checkpoint.path}: rotary scaling in a GGUF file is not supported; use its safetensors"
         )
@@ -120,7 +125,7 @@ def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
 def _config(family: Family, schema: _Schema, checkpoint: Checkpoint, embedding: str, tied: bool) -> ModelConfig:
     theta, scaling = _rope(schema, checkpoint.path)
     heads, kv_heads = schema.num_attention_heads, schema.num_key_value_heads or schema.num_attention_heads
-    if heads % kv_heads or _head_size(schema) % 2:
+    if heads % kv_heads or _head_size(schema) % 2 or not _head_size(schema):
         problem = f"{heads} query heads over {kv_heads} KV heads of size {_head_size(schema)}"
         raise FileError(checkpoint.path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")
     entry = checkpoint.entries.get(embedding)
@@ -151,32 +156,40 @@ def _head_size(schema: _Schema) -> int:
 
 
 def _rope(schema: _Schema, path: str) -> tuple[float, RopeScaling | None]:
-    """Base and stretch, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before it)."""
-    rope = schema.rope_parameters
-    if rope is None:
-        old = dict(schema.rope_scaling or {})
-        old.setdefault("rope_type", old.pop("type", "default"))
-        rope = _validated_rope(old, path)
+    """Base and stretch, from `rope_parameters` or its older form `rope_scaling`, which wins, as in transformers."""
+    where = "rope_scaling" if schema.rope_scaling else "rope_parameters"
+    said = dict(schema.rope_scaling or schema.rope_parameters or {})
+    said["rope_type"] = kind = said.get("rope_type", said.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UnsupportedError(f"{path}: rope_type {kind!r:.60} is not supported; supported are default, llama3")
+    shown = {name: f"{where}.{name}" for name in _Llama3Rope.model_fields}
+    rope = _validated(_Rope if kind == "default" else _Llama3Rope, said, path, shown)
+    _refuse_partial_rotary(rope.partial_rotary_factor, path)
     theta = rope.rope_theta or schema.rope_theta or 10_000.0
-    if rope.rope_type == "default":
+    if not isinstance(rope, _Llama3Rope):
         return theta, None
-    if rope.rope_type != "llama3":
-        raise UnsupportedError(f"{path}: rope_type '{rope.rope_type}' is not supported; supported are default, llama3")
-    if not rope.low_freq_factor < rope.high_freq_factor or rope.factor <= 0:
-        raise FileError(path, "its rotary scaling has low_freq_factor above high_freq_factor", "check its config")
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise FileError(path, f"{where} has low_freq_factor no lower than high_freq_factor", "check its config")
     return theta, RopeScaling(
         factor=rope.factor,
         low=rope.low_freq_factor,
         high=rope.high_freq_factor,
-        original=rope.original_max_position_embeddings,
+        original=schema.original_max_position_embeddings
+        or rope.original_max_position_embeddings
+        or schema.max_position_embeddings,
     )
 
 
+def _refuse_partial_rotary(factor: float, path: str) -> None:
+    if factor != 1:
+        raise UnsupportedError(f"{path}: partial_rotary_factor {factor} is not supported; whole heads are rotated")
+
+
 def _refuse_what_differs(schema: _Schema, path: str) -> None:
+    _refuse_partial_rotary(schema.partial_rotary_factor, path)
     differences = {
         f"hidden_act '{schema.hidden_act}'": schema.hidden_act != "silu",
         "sliding-window attention": schema.use_sliding_window or set(schema.layer_types or []) - {"full_attention"},
-        f"partial_rotary_factor {schema.partial_rotary_factor}": schema.partial_rotary_factor != 1,
         "quantised safetensors (quantization_config)": schema.quantization_config is not None,
     }
     for what, differs in differences.items():
@@ -184,18 +197,11 @@ def _refuse_what_differs(schema: _Schema, path: str) -> None:
             raise UnsupportedError(f"{path}: {what} is not supported yet; use a model of the same family without it")
 
 
-def _validated(values: Mapping[str, object], path: str, shown: Mapping[str, str]) -> _Schema:
+def _validated(model: type[Checked], values: Mapping[str, object], path: str, shown: Mapping[str, str]) -> Checked:
     try:
-        return _Schema.model_validate(dict(values))
+        return model.model_validate(dict(values))
     except ValidationError as error:
         raise _wrong(error, path, shown) from None
-
-
-def _validated_rope(values: Mapping[str, object], path: str) -> _Rope:
-    try:
-        return _Rope.model_validate(dict(values))
-    except ValidationError as error:
-        raise _wrong(error, path, {}) from None
 
 
 def _wrong(error: ValidationError, path: str, shown: Mapping[str, str]) -> FileError:
