@@ -29,7 +29,7 @@ from shardwright.checkpoint.opening import open_checkpoint
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.errors import FileError, UnsupportedError, UsageError
 from shardwright.layout.partition import Partition, Range
-from shardwright.layout.sharding import column_linear
+from shardwright.layout.sharding import merged_column_linear
 from shardwright.layout.spec import Piece, Transform, boxes
 
 TRANSFORMS: tuple[Transform, ...] = ("none", "transpose", "rope_unpermute")
@@ -174,7 +174,7 @@ def test_fill_takes_every_piece_to_its_place(tmp_path: Path) -> None:
     cuts = (Partition.balanced(7, 2), Partition.balanced(5, 2))
     with saved(tmp_path, **parts) as checkpoint:
         for rank in range(2):
-            spec = column_linear(3, cuts, rank, bias=False)["weight"]
+            spec = merged_column_linear(3, cuts, rank, bias=False)["weight"]
             parameter = torch.nn.Parameter(torch.empty(spec.shape, dtype=torch.bfloat16))
             checkpoint.fill(parameter, spec)
             rows = [part[slice(*cut.range(rank))] for part, cut in zip(parts.values(), cuts, strict=True)]

@@ -16,7 +16,7 @@ Save = Callable[..., Saved]
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Save:
-    """`saved(family, dtype=…, seed=…, **sizes)`: a model with weights large enough for every part to matter, on disk."""
+    """`saved(family, dtype=…, seed=…, **sizes)`: a model whose weights make every part matter; its path."""
     logging.disable_progress_bar()
     root = tmp_path_factory.mktemp("saved")
 

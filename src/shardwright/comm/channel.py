@@ -1,6 +1,7 @@
 """`Channel`: JSON objects, one a line, over a socket between a rank and whoever drives it. Nothing is unpickled."""
 
 import json
+import select
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -14,11 +15,18 @@ LONGEST = 64 * 1024 * 1024
 
 @final
 class Channel:
-    """One end of a socket pair."""
+    """One end of a socket pair, used by one thread.
+
+    ended: the other end has closed or hung up, and all it sent has been read.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._pending = bytearray()
+        self._scanned = 0
+        self._unsent = bytearray()
+        self._hanging_up = False
+        self.ended = False
 
     @classmethod
     def pair(cls) -> "tuple[Channel, Channel]":
@@ -35,46 +43,85 @@ class Channel:
         """The descriptor, for `select`."""
         return self._socket.fileno()
 
+    def events(self) -> int:
+        """What to `poll` it for: reading until it has ended, writing while something is queued."""
+        return (0 if self.ended else select.POLLIN) | (select.POLLOUT if self._unsent else 0)
+
     def send(self, message: Mapping[str, Any]) -> None:
-        """Write one message. A peer that has gone is not an error here: whoever watches it says so."""
-        line = json.dumps(message, ensure_ascii=False).encode() + b"\n"
+        """Write one message. A peer that has gone is not an error here: whoever watches it says so.
+
+        Takes in what comes meanwhile, so that two ends that both send at once do not wait for each other.
+        """
+        self.post(message)
+        while self._unsent:
+            poller = select.poll()
+            poller.register(self, self.events())
+            poller.poll()
+            self._read(socket.MSG_DONTWAIT)
+            self.flush()
+
+    def post(self, message: Mapping[str, Any]) -> None:
+        """Queue one message and write what fits at once; `flush` writes the rest. Never blocks."""
+        line = json.dumps(message).encode() + b"\n"
         if len(line) > LONGEST:
             raise ValueError(f"message of {len(line)} bytes; at most {LONGEST} fit")
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self._socket.sendall(line)
+        self._unsent += line
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much of what is queued as fits. Never blocks."""
+        try:
+            while self._unsent:
+                sent = self._socket.send(self._unsent[: 1 << 18], socket.MSG_DONTWAIT)
+                del self._unsent[:sent]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent.clear()
+        if self._hanging_up:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
 
     def receive(self) -> Message | None:
         """The next message; None when the other end has closed."""
-        while b"\n" not in self._pending:
-            if not self._read():
-                return None
-        return self._pop()
+        while (message := self._pop()) is None and not self.ended:
+            self._read(0)
+        return message
 
     def ready(self) -> Iterator[Message]:
-        """The messages that have come, after one read that does not block once `select` has named this end."""
-        self._read()
-        while b"\n" in self._pending:
-            yield self._pop()
+        """All messages that have come so far. Never blocks."""
+        while self._read(socket.MSG_DONTWAIT):
+            pass
+        while (message := self._pop()) is not None:
+            yield message
 
     def hang_up(self) -> None:
         """Say that no message will follow: the other end's `receive` gives None. What it still sends arrives."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+        self._hanging_up = True
+        self.flush()
 
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
 
-    def _read(self) -> bool:
+    def _read(self, flags: int) -> bool:
+        """Take in what has come; whether that was anything."""
         try:
-            chunk = self._socket.recv(1 << 16)
-        except ConnectionResetError:
+            chunk = b"" if self.ended else self._socket.recv(1 << 18, flags)
+        except BlockingIOError:
             return False
+        except ConnectionResetError:
+            chunk = b""
+        self.ended = not chunk
         self._pending += chunk
         return bool(chunk)
 
-    def _pop(self) -> Message:
-        line, _, rest = self._pending.partition(b"\n")
-        self._pending = bytearray(rest)
-        message: Message = json.loads(line)
+    def _pop(self) -> Message | None:
+        end = self._pending.find(b"\n", self._scanned)
+        if end < 0:
+            self._scanned = len(self._pending)
+            return None
+        message: Message = json.loads(self._pending[:end])
+        del self._pending[: end + 1]
+        self._scanned = 0
         return message

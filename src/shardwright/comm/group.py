@@ -6,7 +6,7 @@ each implementation's own business: it fills in the underscored methods, which g
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from time import perf_counter
 from typing import Any, final
@@ -58,7 +58,7 @@ class Handle(ABC):
 
     @abstractmethod
     def done(self) -> bool:
-        """Whether `wait()` would return at once. Never blocks."""
+        """Whether `wait()` would end at once, with the result or with an error. Never blocks."""
 
     @abstractmethod
     def _finish(self) -> Tensor: ...
@@ -80,6 +80,14 @@ class Done(Handle):
         return self._value
 
 
+@dataclass
+class _Ledger:
+    """What one rank has under way, over a group and all that was split from it."""
+
+    open: dict[int, Handle] = field(default_factory=dict)
+    waited_s: float = 0.0
+
+
 class Group(ABC):
     """The ranks that share one set of shards: `size` of them, of which this is `rank`.
 
@@ -87,16 +95,24 @@ class Group(ABC):
     see `comm.regions`. Inputs are left untouched and results are new tensors, except where `out=` is given. Each call
     takes a `tag`, which recorders and errors show, and has a twin `…_async` that returns a `Handle` at once.
 
-    waited_s: seconds this rank has spent inside waits, by the clock.
+    A group split from another, or wrapped around it, passes it as `parent`: they share the handles still open.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, parent: "Group | None" = None) -> None:
         if size < 1 or not 0 <= rank < size:
             raise UsageError("rank", rank, f"a group of {size} has ranks 0…{size - 1}", "pass a rank of the group")
         self.rank = rank
         self.size = size
-        self.waited_s = 0.0
-        self._open: dict[int, Handle] = {}
+        self._ledger: _Ledger = _Ledger() if parent is None else parent._ledger
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Group":
+        """Itself: a copied model still speaks to the same peers."""
+        return self
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds this rank has spent inside waits, by the clock, those of splits included."""
+        return self._ledger.waited_s
 
     # ---- collectives
 
@@ -127,9 +143,7 @@ class Group(ABC):
 
     def reduce_scatter_async(self, x: Tensor, dim: int, sizes: Sequence[int], *, tag: str = "") -> Handle:
         """`reduce_scatter` under way."""
-        dim, sizes = self._check_sizes(x, dim, sizes)
-        if x.shape[dim] != sum(sizes):
-            raise UsageError("x", _kind(x), f"the shares along dim {dim} sum to {sum(sizes)}", "pass the whole tensor")
+        dim, sizes = self.check_whole(x, dim, sizes)
         call = _call("reduce_scatter", x, tag, _cut(x, dim, sizes))
         return self._issue(self._reduce_scatter(x.detach(), dim, sizes, call))
 
@@ -186,23 +200,23 @@ class Group(ABC):
 
     @abstractmethod
     def split(self, ranks: Sequence[int]) -> "Group":
-        """The group of some of these ranks. All ranks enter, each with the list it belongs to; lists never overlap."""
+        """The group of some of these ranks, in rank order. All enter, each with its own list; lists never overlap."""
 
     # ---- the end of a step
 
     @final
     def end_step(self) -> None:
         """Raise `CommError` if a handle of this step was never waited for."""
-        if self._open:
-            calls = ", ".join(str(handle.call) for handle in self._open.values())
-            self._open.clear()
+        if self._ledger.open:
+            calls = ", ".join(str(handle.call) for handle in self._ledger.open.values())
+            self._ledger.open.clear()
             raise CommError(f"rank {self.rank} ended its step without waiting for {calls}; call wait() on each handle")
 
     @final
     def retire(self, handle: Handle, seconds: float) -> None:
         """Called by a handle when it has been waited for, with the time that took."""
-        self._open.pop(id(handle), None)
-        self.waited_s += seconds
+        self._ledger.open.pop(id(handle), None)
+        self._ledger.waited_s += seconds
 
     # ---- what an implementation fills in
 
@@ -234,7 +248,7 @@ class Group(ABC):
 
     def _issue(self, handle: Handle) -> Handle:
         handle._owner = self
-        self._open[id(handle)] = handle
+        self._ledger.open[id(handle)] = handle
         return handle
 
     def _check_rank(self, name: str, rank: int) -> None:
@@ -243,20 +257,44 @@ class Group(ABC):
 
     def _check_sizes(self, x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[int, list[int]]:
         if not -x.dim() <= dim < x.dim():
-            raise UsageError("dim", dim, f"x is {_kind(x)}", f"use 0…{x.dim() - 1}")
+            remedy = f"use 0…{x.dim() - 1}" if x.dim() else "pass a tensor with dims"
+            raise UsageError("dim", dim, f"x is {_kind(x)}", remedy)
         if len(sizes) != self.size or min(sizes) < 0:
             raise UsageError(
                 "sizes", list(sizes), f"one width, not negative, for each of {self.size} ranks", "fix sizes"
             )
         return dim % x.dim(), list(sizes)
 
+    def check_whole(self, x: Tensor, dim: int, sizes: Sequence[int]) -> tuple[int, list[int]]:
+        """`dim` and `sizes` of a cut of the whole of `x`, checked."""
+        dim, sizes = self._check_sizes(x, dim, sizes)
+        if x.shape[dim] != sum(sizes):
+            raise UsageError("x", _kind(x), f"the shares along dim {dim} sum to {sum(sizes)}", "pass the whole tensor")
+        return dim, sizes
+
     def check_members(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """The ranks of a split in order, checked: of this group, none twice, this rank among them."""
-        members = tuple(ranks)
+        """The ranks of a split in rank order, checked: of this group, none twice, this rank among them."""
+        members = tuple(sorted(ranks))
         if len(set(members)) != len(members) or self.rank not in members:
             raise UsageError("ranks", list(members), f"no rank twice, and rank {self.rank} among them", "fix the list")
         for rank in members:
             self._check_rank("ranks", rank)
+        return members
+
+    def agree_on_members(self, ranks: Sequence[int]) -> tuple[int, ...]:
+        """`check_members`, and that every rank named passes the same list: one small collective."""
+        members = self.check_members(ranks)
+        mine = torch.zeros(1, self.size, dtype=torch.int8, device="cpu")
+        mine[0, list(members)] = 1
+        table = self.all_gather(mine, 0, [1] * self.size, tag="split").tolist()
+        lists = [[rank for rank, named in enumerate(row) if named] for row in table]
+        for rank, named in enumerate(lists):
+            for other in named:
+                if lists[other] != named:
+                    raise CommError(
+                        f"split: rank {rank} names {named}, rank {other} names {lists[other]}; "
+                        "the ranks of a group all pass the same list"
+                    )
         return members
 
 
@@ -280,7 +318,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 def put(result: Tensor, out: Tensor | None) -> Tensor:
     """The result itself, or `out` holding it."""
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    out.detach().copy_(result)  # a parameter may be the target: nothing here is differentiable
+    return out
 
 
 def _call(op: str, x: Tensor, tag: str, detail: str) -> Call:

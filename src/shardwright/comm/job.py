@@ -15,8 +15,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Self, final
+from typing import Never, Self, final
 
 import shardwright.errors
 from shardwright.comm.channel import Channel, Message
@@ -27,6 +28,10 @@ from shardwright.errors import AbortedError, RankError, ShardwrightError, UsageE
 
 GRACE = 3.0
 """Seconds the surviving ranks have to end by themselves after one has failed."""
+
+LONGEST_MESSAGE = 500
+LONGEST_TRACEBACK = 100_000
+"""Characters told of what a rank raised: enough for anyone who reads it."""
 
 Body = Callable[[Group, Channel], None]
 """What a rank does: gets its group and its line to the driver; returns when the driver hangs up."""
@@ -45,23 +50,38 @@ class Job:
         self._channels: dict[int, Channel] = {}
         self._processes: dict[int, int] = {}
         self._watched: dict[int, int] = {}
-        self._died: dict[int, int] = {}
+        self._ended: dict[int, int] = {}
         self._killed: set[int] = set()
+        self._driver: Channel | None = None
         store = os.memfd_create("shardwright-store")
         gc.freeze()  # so that the children's collector does not touch, and copy, the pages shared with this process
-        for rank in range(n):
-            ours, theirs = Channel.pair()
-            pid = os.fork()
-            if not pid:
-                for channel in [ours, *self._channels.values()]:
-                    channel.close()
-                _rank_main(rank, n, body, theirs, self.abort, store)
-            theirs.close()
-            self._channels[rank] = ours
-            self._processes[rank] = pid
-            self._watched[os.pidfd_open(pid)] = rank
+        sys.stdout.flush()  # or each child would print what waits there once more
+        sys.stderr.flush()
+        with ExitStack() as undo:
+            undo.callback(self._stop, 0.0)
+            for rank in range(n):
+                self._fork(rank, n, body, store)
+            undo.pop_all()
         os.close(store)
         gc.unfreeze()
+
+    def _fork(self, rank: int, n: int, body: Body, store: int) -> None:
+        ours, theirs = Channel.pair()
+        parent, pid = os.getpid(), os.fork()
+        if not pid:
+            try:
+                _die_with(parent)
+                for channel in [ours, *self._channels.values()]:
+                    channel.close()
+                for fd in self._watched:
+                    os.close(fd)
+                _rank_main(rank, n, body, theirs, self.abort, store)
+            finally:
+                os._exit(1)  # whatever happened above: a child never returns into what its parent was doing
+        theirs.close()
+        self._channels[rank] = ours
+        self._processes[rank] = pid
+        self._watched[os.pidfd_open(pid)] = rank
 
     def __enter__(self) -> Self:
         return self
@@ -73,19 +93,26 @@ class Job:
             self._stop(0.0)
 
     def send(self, message: Message) -> None:
-        """Tell every rank."""
-        for channel in list(self._channels.values()):
-            channel.send(message)
+        """Tell every rank. Never blocks: what a rank cannot take yet is written while `receive` or `close` waits."""
+        for channel in self._channels.values():
+            channel.post(message)
 
     def hang_up(self) -> None:
         """Tell every rank that no message will follow, so that it ends; what it still sends can be received."""
-        for channel in list(self._channels.values()):
+        for channel in self._channels.values():
             channel.hang_up()
+
+    def relay(self, driver: Channel) -> None:
+        """Pass on what the driver and the ranks say, until the ranks have ended or the driver has."""
+        self._driver = driver
+        while (message := self.receive()) is not None:
+            driver.send(message)
+            self._obey()
 
     def receive(self) -> Message | None:
         """The next message of any rank, with its `rank`; None when all have ended. Raises a rank's failure."""
         while not self._inbox:
-            if not self._watched:
+            if not self._watched or (self._driver and self._driver.ended):
                 return None
             self._listen(None)
             self._judge()
@@ -103,7 +130,11 @@ class Job:
         """Take in messages and deaths, waiting up to that long for the first."""
         by_fd = {channel.fileno(): rank for rank, channel in self._channels.items()}
         poller = select.poll()
-        for fd in [*by_fd, *self._watched]:
+        for channel in self._channels.values():
+            poller.register(channel, channel.events())
+        if self._driver and not self._driver.ended:
+            poller.register(self._driver, self._driver.events())
+        for fd in self._watched:
             poller.register(fd, select.POLLIN)
         events = poller.poll(None if seconds is None else max(0, round(seconds * 1000)))
         for fd, _ in events:
@@ -112,38 +143,50 @@ class Job:
         for fd, _ in events:
             if fd in self._watched:
                 self._bury(fd)
+        self._obey()
+
+    def _obey(self) -> None:
+        """Pass on what the driver has said."""
+        for message in self._driver.ready() if self._driver else ():
+            self.send(message)
 
     def _take(self, rank: int) -> None:
-        for message in self._channels[rank].ready():
+        channel = self._channels[rank]
+        channel.flush()
+        for message in channel.ready():
             if "error" in message:
                 self._errors.append({"rank": rank, **message["error"]})
             else:
                 self._inbox.append({"rank": rank, **message})
+        if channel.ended:
+            self._channels.pop(rank).close()
 
     def _bury(self, fd: int) -> None:
         rank = self._watched.pop(fd)
         os.close(fd)
         if rank in self._channels:
             self._take(rank)
+        if rank in self._channels:  # a process that the rank started may still hold its end
             self._channels.pop(rank).close()
         _, status = os.waitpid(self._processes[rank], 0)
         code = os.waitstatus_to_exitcode(status)
-        if code and rank not in self._killed:
-            self._died[rank] = code
+        if rank not in self._killed:
+            self._ended[rank] = code
 
     def _judge(self) -> None:
         """Raise if a rank failed, once the others have ended or been ended."""
-        if not self._errors and not self._died:
-            return
-        self.abort.set(self._culprit())
-        self._stop(GRACE)
-        raise self._cause()
+        if self._errors or any(self._ended.values()):
+            self.abort.set(self._culprit())
+            self._stop(GRACE)
+            raise self._cause()
 
     def _culprit(self) -> int:
         """The rank that failed first, as far as can be told: an `AbortedError` is always another one's fault."""
+        told = [error["rank"] for error in self._errors]
         own = [error["rank"] for error in self._errors if error["kind"] != AbortedError.__name__]
-        silent = self._died.keys() - {error["rank"] for error in self._errors}
-        rank: int = next(iter([*own, *silent, *(error["rank"] for error in self._errors)]))
+        silent = [rank for rank, code in self._ended.items() if code and rank not in told]
+        deserters = [rank for rank, code in self._ended.items() if not code]
+        rank: int = [*own, *silent, *deserters, *told][0]
         return rank
 
     def _stop(self, grace: float) -> None:
@@ -163,10 +206,13 @@ class Job:
     def _cause(self) -> ShardwrightError:
         """The one root cause, as the culprit told it; or how it ended, where it could not."""
         rank = self._culprit()
+        who = f"rank {rank} (pid {self._processes[rank]})"
         for error in self._errors:
             if error["rank"] == rank:
-                return rebuilt(error, self._processes[rank])
-        return RankError(f"rank {rank} (pid {self._processes[rank]}) {_death(self._died[rank])}; {_REMEDY}")
+                return rebuilt(error, who)
+        if self._ended[rank]:
+            return RankError(f"{who} {_death(self._ended[rank])}; {_REMEDY}")
+        return RankError(f"{who} returned while others waited: {self._errors[0]['message']}")
 
 
 _REMEDY = "the other ranks were stopped; if memory ran out, use more ranks or a smaller model"
@@ -176,11 +222,11 @@ def _death(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def rebuilt(error: Message, pid: int) -> ShardwrightError:
-    """The error that a rank reported, as this process raises it. A rank's own typed error comes back as it was."""
+def rebuilt(error: Message, who: str) -> ShardwrightError:
+    """The error that a rank reported, as this process raises it. One of the package's own comes back as it was."""
     kind = shardwright.errors.__dict__.get(error["kind"])
     if kind is None:
-        relayed: ShardwrightError = RankError(f"rank {error['rank']} (pid {pid}): {error['message']}")
+        relayed: ShardwrightError = RankError(f"{who}: {error['message']}")
     else:
         relayed = kind.__new__(kind)
         Exception.__init__(relayed, error["message"])
@@ -205,24 +251,29 @@ class _Report:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
         if error is not None:
             self.failed = True
-            typed = isinstance(error, ShardwrightError)
-            message = str(error) if typed else f"{type(error).__name__}: {error}"
-            trace = "".join(traceback.format_exception(error))
-            self._channel.send({"error": {"kind": type(error).__name__, "message": message, "traceback": trace}})
+            own = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == shardwright.errors.__name__]
+            report = {
+                "kind": own[0] if own else None,
+                "message": str(error) if own else _one_line(error),
+                "traceback": "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:],
+            }
+            self._channel.send({"error": report})
         return True
 
 
-def _rank_main(rank: int, n: int, body: Body, channel: Channel, abort: AbortWord, store: int) -> None:
-    """All of a rank's life; never returns."""
-    import torch
+def _one_line(error: BaseException) -> str:
+    """Type and message of an exception whose message may be anything, or fail to be made."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST_MESSAGE]
 
-    torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole foreground; the driver decides what it means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _die_with_parent()
+
+def _rank_main(rank: int, n: int, body: Body, channel: Channel, abort: AbortWord, store: int) -> Never:
+    """All of a rank's life."""
     with _Report(channel) as report:
+        import torch
+
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all in the foreground; the driver decides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         group = _joined(rank, n, abort, store)
         body(group, channel)
         group.end_step()
@@ -242,7 +293,9 @@ def _joined(rank: int, n: int, abort: AbortWord, store: int) -> Group:
     return TorchGroup(FileStore(f"/proc/self/fd/{store}", n), tuple(range(n)), rank, abort)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Ask the kernel to kill this process when the one that forked it ends, however it ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os._exit(1)

@@ -8,7 +8,7 @@ import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from shardwright.errors import UsageError
+from shardwright.errors import CommError, UsageError
 
 if TYPE_CHECKING:
     from shardwright.comm.group import Group
@@ -30,7 +30,8 @@ def join(timeout_s: float = 60.0) -> "Group":
     """This process's group in a job started by `torchrun`, from the environment that it sets; alone, a group of one.
 
     Raises:
-        UsageError: the environment names a job only in part.
+        UsageError: the environment names a job only in part, or not in numbers.
+        CommError: nobody answers there.
     """
     from shardwright.comm.single import SingleGroup
 
@@ -41,16 +42,28 @@ def join(timeout_s: float = 60.0) -> "Group":
     for name in wanted:
         if name not in found:
             raise UsageError(name, "(not set)", "a rank is told its job by the environment", "start it with torchrun")
+    rank, size, port = (_number(name, found[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= size:
+        raise UsageError("RANK", rank, f"a job of {size} has ranks 0…{size - 1}", "start it with torchrun")
+    if size == 1:
+        return SingleGroup()
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     from shardwright.comm.torch_group import TorchGroup
     from shardwright.comm.watch import AbortWord
 
-    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
-    if size == 1:
-        return SingleGroup()
-    store = TCPStore(found["MASTER_ADDR"], int(found["MASTER_PORT"]), size, False, timedelta(seconds=timeout_s))
-    return TorchGroup(store, tuple(range(size)), rank, AbortWord(), _own_address(found["MASTER_ADDR"]))
+    master = found["MASTER_ADDR"]
+    try:
+        store = TCPStore(master, port, size, False, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise CommError(f"rank {rank} of {size} found nobody at {master}:{port} within {timeout_s:g} s") from error
+    return TorchGroup(store, tuple(range(size)), rank, AbortWord(), _own_address(master))
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(name, text, "a whole number", "start it with torchrun")
+    return int(text)
 
 
 def _own_address(master: str) -> str:

@@ -19,7 +19,7 @@ class PlannedGroup(Group):
     def split(self, ranks: Sequence[int]) -> "PlannedGroup":
         """The planned group of those ranks."""
         members = self.check_members(ranks)
-        return PlannedGroup(members.index(self.rank), len(members))
+        return PlannedGroup(members.index(self.rank), len(members), self)
 
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
         return Done(call, torch.empty_like(x) if out is None else out)

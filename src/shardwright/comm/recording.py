@@ -14,7 +14,7 @@ class RecordingGroup(Group):
     """Wraps a group; `calls` lists this rank's collectives in order, those of its splits too."""
 
     def __init__(self, inner: Group, calls: list[Call] | None = None) -> None:
-        super().__init__(inner.rank, inner.size)
+        super().__init__(inner.rank, inner.size, inner)
         self.inner = inner
         self.calls: list[Call] = [] if calls is None else calls
 

@@ -74,6 +74,7 @@ class _Reduce(torch.autograd.Function):
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, tag: str, dim: int, sizes: tuple[int, ...]) -> Tensor:
+        group.check_whole(x, dim, sizes)
         ctx.group, ctx.tag, ctx.dim, ctx.sizes = group, tag, dim, sizes
         return _share(x, dim, sizes, group.rank)
 

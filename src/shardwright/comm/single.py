@@ -14,13 +14,13 @@ from shardwright.errors import UsageError
 class SingleGroup(Group):
     """A group of one."""
 
-    def __init__(self) -> None:
-        super().__init__(rank=0, size=1)
+    def __init__(self, parent: Group | None = None) -> None:
+        super().__init__(rank=0, size=1, parent=parent)
 
     def split(self, ranks: Sequence[int]) -> "SingleGroup":
         """Itself again, the only split there is."""
         self.check_members(ranks)
-        return SingleGroup()
+        return SingleGroup(self)
 
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
         return Done(call, x.clone() if out is None else put(x, out))

@@ -1,16 +1,15 @@
 """Ranks for a process that must not fork: one where torch may have computed already (`LLM`, tests, notebooks).
 
 A fresh launcher process imports torch once, forks the ranks and relays their messages. What the ranks run is named,
-`module:function`, and its arguments are JSON: nothing is pickled. `python -m shardwright.comm.spawn` is the launcher.
+`module:function`, and its arguments are JSON, the first message: nothing is pickled. `python -m shardwright.comm.spawn`
+is the launcher. It ends when the driver does, and its ranks with it.
 """
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from threading import Thread
 from types import TracebackType
 from typing import Any, Self, final
 
@@ -28,9 +27,11 @@ class SpawnedJob:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "pass tp=1")
         self._channel, theirs = Channel.pair()
         fd = theirs.fileno()
-        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, json.dumps(list(arguments))]
-        self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target]
+        # a process group of its own: Ctrl-C reaches the driver alone, which decides what it means
+        self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, process_group=0)
         theirs.close()
+        self.send({"arguments": list(arguments)})
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +58,7 @@ class SpawnedJob:
             return None
         if "error" in message:
             self._process.wait()
-            raise rebuilt(message["error"] | {"rank": "?"}, self._process.pid)
+            raise rebuilt(message["error"], "the ranks' launcher")
         return message
 
     def close(self) -> None:
@@ -80,28 +81,24 @@ def resolve(target: str) -> Any:
     return import_module(module).__dict__[name]
 
 
-def main(fd: int, n: int, target: str, arguments: list[Any]) -> int:
+def main(fd: int, n: int, target: str) -> int:
     """Fork the ranks and relay, until they end or the driver hangs up."""
     import torch  # noqa: F401  once, before the fork, for all ranks
 
-    driver, body = Channel.from_fd(fd), resolve(target)
+    driver = Channel.from_fd(fd)
+    start = driver.receive()
+    if start is None:
+        return 0
+    body, arguments = resolve(target), start["arguments"]
     try:
         with Job(n, lambda group, channel: body(group, channel, *arguments)) as job:
-            Thread(target=_relay_commands, args=(driver, job), daemon=True).start()
-            while (message := job.receive()) is not None:
-                driver.send(message)
+            job.relay(driver)
     except ShardwrightError as error:
-        report = {"kind": type(error).__name__, "message": str(error), "traceback": "\n".join(error.__notes__)}
-        driver.send({"error": report})
+        notes = "\n".join(getattr(error, "__notes__", ()))
+        driver.send({"error": {"kind": type(error).__name__, "message": str(error), "traceback": notes}})
         return error.exit_code
     return 0
 
 
-def _relay_commands(driver: Channel, job: Job) -> None:
-    while (message := driver.receive()) is not None:
-        job.send(message)
-    job.hang_up()
-
-
 if __name__ == "__main__":
-    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])))
+    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

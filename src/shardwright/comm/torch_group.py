@@ -17,13 +17,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from shardwright.comm.group import Call, Done, Group, Handle, put, sum_in_rank_order
 from shardwright.comm.watch import AbortWord, poll
-from shardwright.errors import AbortedError
+from shardwright.errors import AbortedError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=60)
+CARRIED = frozenset(["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"])
+"""Types that every collective of gloo moves, by torch's names."""
+
 ABORT_GRACE = 2.0
 """Seconds after a broken connection in which the launcher names the rank that died."""
 
@@ -37,7 +40,7 @@ class _WorkHandle(Handle):
 
     def done(self) -> bool:
         """Whether the backend has finished."""
-        return self._result is not None or self._work.is_completed()
+        return self._result is not None or self._work.is_completed() or self._abort.failed() is not None
 
     def _finish(self) -> Tensor:
         poll(self._work.is_completed, self._abort, self.call)
@@ -56,8 +59,8 @@ class _PeerHandle(Handle):
         self._thread.start()
 
     def done(self) -> bool:
-        """Whether the tensor has moved."""
-        return not self._thread.is_alive()
+        """Whether the tensor has moved, or never will."""
+        return not self._thread.is_alive() or self._abort.failed() is not None
 
     def _wait_for_peer(self) -> None:
         try:
@@ -66,7 +69,7 @@ class _PeerHandle(Handle):
             self._broken = error
 
     def _finish(self) -> Tensor:
-        poll(self.done, self._abort, self.call)
+        poll(lambda: not self._thread.is_alive(), self._abort, self.call)
         if self._broken:
             raise _lost(self._abort, self.call, self._broken)
         return self._x
@@ -81,31 +84,42 @@ class TorchGroup(Group):
     """
 
     def __init__(
-        self, store: "Store", ranks: tuple[int, ...], rank: int, abort: AbortWord, address: str = LOOPBACK
+        self,
+        store: "Store",
+        ranks: tuple[int, ...],
+        rank: int,
+        abort: AbortWord,
+        address: str = LOOPBACK,
+        parent: Group | None = None,
     ) -> None:
-        super().__init__(ranks.index(rank), len(ranks))
+        super().__init__(ranks.index(rank), len(ranks), parent)
         self._store, self._ranks, self._abort, self._address = store, ranks, abort, address
         self._splits = 0
         self.deterministic = False
-        self._backend = _gloo(PrefixStore("-".join(map(str, ranks)), store), self.rank, self.size, address)
+        members = PrefixStore("-".join(map(str, ranks)), store)
+        try:
+            self._backend = _gloo(members, self.rank, self.size, address)
+        except RuntimeError as error:
+            raise _lost(abort, f"joining ranks {list(ranks)}", error) from error
+        self.barrier(tag="join")  # nobody leaves, having nothing to do, while others still connect
 
     def split(self, ranks: Sequence[int]) -> "TorchGroup":
         """The group of those ranks, connected before this returns."""
-        members = self.check_members(ranks)
+        members = self.agree_on_members(ranks)
         self._splits += 1
         store = PrefixStore(f"split {self._splits}", self._store)
-        child = TorchGroup(
-            store, tuple(self._ranks[rank] for rank in members), self._ranks[self.rank], self._abort, self._address
-        )
+        whole = tuple(self._ranks[rank] for rank in members)
+        child = TorchGroup(store, whole, self._ranks[self.rank], self._abort, self._address, self)
         child.deterministic = self.deterministic
-        self.barrier(tag="split")
         return child
 
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
         if self.deterministic:
             return self._gathered(x, call, lambda parts: put(sum_in_rank_order(parts), out))
         y = put(x, out) if out is not None and out.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-        return self._handle(call, self._backend.allreduce([y]), lambda: y if out is None or out is y else out.copy_(y))
+        return self._handle(
+            call, lambda: self._backend.allreduce([y]), lambda: y if out is None or out is y else out.copy_(y)
+        )
 
     def _all_gather(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Handle:
         rows = x.movedim(dim, 0)
@@ -129,34 +143,48 @@ class TorchGroup(Group):
 
     def _broadcast(self, x: Tensor, root: int, call: Call) -> Handle:
         y = x.clone(memory_format=torch.contiguous_format)
-        return self._handle(call, self._backend.broadcast(y, root), lambda: y)
+        return self._handle(call, lambda: self._backend.broadcast(y, root), lambda: y)
 
     def _send(self, x: Tensor, destination: int, call: Call) -> Handle:
-        return _PeerHandle(call, self._backend.send([x.contiguous()], destination, 0), self._abort, x)
+        work = self._started(call, lambda: self._backend.send([x.contiguous()], destination, 0))
+        return _PeerHandle(call, work, self._abort, x)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, call: Call) -> Handle:
         x = torch.empty(shape, dtype=dtype)
-        return _PeerHandle(call, self._backend.recv([x], source, 0), self._abort, x)
+        work = self._started(call, lambda: self._backend.recv([x], source, 0))
+        return _PeerHandle(call, work, self._abort, x)
 
     def _barrier(self, call: Call) -> Handle:
-        return self._handle(call, self._backend.allreduce([torch.zeros(1)]), lambda: torch.empty(0))
+        return self._handle(call, lambda: self._backend.allreduce([torch.zeros(1)]), lambda: torch.empty(0))
 
     def _gathered(self, x: Tensor, call: Call, finish: Callable[[list[Tensor]], Tensor]) -> Handle:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         if not x.numel():
             return Done(call, finish(parts))
-        return self._handle(call, self._backend.allgather([parts], [x]), lambda: finish(parts))
+        return self._handle(call, lambda: self._backend.allgather([parts], [x]), lambda: finish(parts))
 
     def _exchanged(
         self, x: Tensor, send: list[int], receive: list[int], call: Call, finish: Callable[[Tensor], Tensor]
     ) -> Handle:
         rows = x.new_empty(sum(receive), *x.shape[1:])
-        work = self._backend.alltoall_base(rows, x.contiguous(), receive, send)
-        return self._handle(call, work, lambda: finish(rows))
+        return self._handle(
+            call,
+            lambda: self._backend.alltoall_base(rows, x.contiguous(), receive, send),
+            lambda: finish(rows),
+        )
 
-    def _handle(self, call: Call, work: dist.Work, finish: Callable[[], Tensor]) -> Handle:
-        return _WorkHandle(call, work, self._abort, finish)
+    def _handle(self, call: Call, start: Callable[[], dist.Work], finish: Callable[[], Tensor]) -> Handle:
+        return _WorkHandle(call, self._started(call, start), self._abort, finish)
+
+    def _started(self, call: Call, start: Callable[[], dist.Work]) -> dist.Work:
+        """The work under way; a connection already broken is another rank's fault, as it is in a wait."""
+        if call.dtype not in CARRIED:
+            raise UnsupportedError(f"{call}: gloo does not move {call.dtype}; convert it to one of {sorted(CARRIED)}")
+        try:
+            return start()
+        except RuntimeError as error:
+            raise _lost(self._abort, call, error) from error
 
 
 def _gloo(store: "Store", rank: int, size: int, address: str) -> dist.ProcessGroup:
@@ -176,13 +204,14 @@ def _settle(work: dist.Work, abort: AbortWord, call: Call) -> None:
         raise _lost(abort, call, error) from error
 
 
-def _lost(abort: AbortWord, call: Call, error: RuntimeError) -> AbortedError:
+def _lost(abort: AbortWord, call: object, error: RuntimeError) -> AbortedError:
     """A connection broke: give the launcher a moment to say who died, since that is the cause."""
     deadline = time.monotonic() + ABORT_GRACE
     while abort.failed() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     abort.check(call)
-    return AbortedError(f"{call} broke off: {str(error).splitlines()[0]}")
+    said = str(error).splitlines()[0]
+    return AbortedError(f"{call} broke off: {said.partition('] ')[2] or said}")  # after the place in gloo's source
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -1,22 +1,28 @@
 """Who is still alive: the abort word that every wait looks at, and what a rank says when it fails."""
 
+import ctypes
 import mmap
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import final
 
-from shardwright.errors import AbortedError
+from shardwright.errors import AbortedError, CommError
 
 
 @final
 class AbortWord:
     """An integer shared by the ranks of a host and their launcher: 0, or 1 + the rank that failed first.
 
-    It lives in anonymous memory inherited at the fork, so nothing of it is left when the job ends.
+    It lives in anonymous memory inherited at the fork, so nothing of it is left when the job ends. Compiled waits look
+    at it by its address.
     """
 
     def __init__(self) -> None:
-        self._word = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("i")
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        self._word = memoryview(page).cast("q")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(page))
 
     def set(self, rank: int) -> None:
         """Say that `rank` failed; the first to say so is kept."""
@@ -41,3 +47,36 @@ def poll(done: Callable[[], bool], abort: AbortWord, waiting_for: object) -> Non
         abort.check(waiting_for)
         looks += 1
         time.sleep(0 if looks < 2000 else 0.0005)
+
+
+def state_of(pid: int) -> tuple[str, float]:
+    """A process's state as the system names it (`T` is stopped, `gone` has ended), and the seconds it has computed."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "gone", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@final
+class Patience:
+    """How long one wait may go on: without end while the missing ranks compute, `timeout_s` while they show no life."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._last: dict[int, tuple[float, float]] = {}
+
+    def check(self, missing: Mapping[int, int], waiting_for: object) -> None:
+        """Raise `CommError` about a missing rank (rank → pid) whose processor time has stood still for too long."""
+        now = time.monotonic()
+        for rank, pid in missing.items():
+            state, computed = state_of(pid)
+            since, before = self._last.get(rank, (now, -1.0))
+            if computed > before:
+                self._last[rank] = now, computed
+            elif now - since > self.timeout_s:
+                shown = {"T": "is stopped", "gone": "has ended"}.get(state, f"shows no life (state {state})")
+                raise CommError(
+                    f"rank {rank} (pid {pid}) {shown} and has not entered {waiting_for} for {self.timeout_s:g} s; "
+                    "continue or end it"
+                )

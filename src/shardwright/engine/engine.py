@@ -19,11 +19,12 @@ PAGE = 128
 class Engine:
     """Advances all requests together, one batch a step. All ranks add the same requests in the same order."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, scheduler: Scheduler | None = None) -> None:
         self.model = model
-        self.scheduler = Scheduler(model.config.context, PAGE)
+        self.scheduler = scheduler or Scheduler(model.config.context, PAGE)
         heads, dtype = model.cuts.heads.kv_width(model.group.rank), model.embedding.weight.dtype
-        self.kv = [PagedKV(PAGE, heads, model.config.head_size, dtype) for _ in range(model.config.layers)]
+        page = self.scheduler.page
+        self.kv = [PagedKV(page, heads, model.config.head_size, dtype) for _ in range(model.config.layers)]
 
     def add(self, request: Request) -> None:
         """Queue a request."""

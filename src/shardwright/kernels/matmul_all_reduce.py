@@ -47,9 +47,12 @@ def _check(x1: Tensor, x2: Tensor, bias: Tensor | None, x3: Tensor | None) -> No
     if x1.dtype != x2.dtype:
         raise UsageError("x2", name_of(x2.dtype), f"x1 is {name_of(x1.dtype)}", "convert one of them")
     if bias is not None and (bias.shape != x2.shape[1:] or bias.dtype != x1.dtype):
-        raise UsageError("bias", list(bias.shape), f"bias is {name_of(x1.dtype)} [{x2.shape[1]}]", "reshape it")
+        raise UsageError("bias", _kind(bias), f"bias is {name_of(x1.dtype)} [{x2.shape[1]}]", "pass one like that")
     output = (*x1.shape[:-1], x2.shape[1])
     if x3 is not None and (x3.shape != output or x3.dtype != x1.dtype):
-        raise UsageError(
-            "x3", list(x3.shape), f"x3 is like the output, {name_of(x1.dtype)} {list(output)}", "reshape it"
-        )
+        constraint = f"x3 is like the output, {name_of(x1.dtype)} {list(output)}"
+        raise UsageError("x3", _kind(x3), constraint, "pass one like that")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{name_of(x.dtype)} {list(x.shape)}"

@@ -34,6 +34,6 @@ class Batch:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last-but-one row of each sequence."""
+        """Start (included) and stop (excluded) of each sequence's rows."""
         stops = list(accumulate(self.lengths))
         return list(zip([0, *stops], stops, strict=False))

@@ -70,7 +70,7 @@ class ColumnParallelLinear(_ColumnLinear):
         self._build()
 
     def _specs(self, rank: int, dtype: str) -> Specs:
-        return sharding.column_linear(self.in_features, (self.out_features,), rank, bias=self.has_bias, dtype=dtype)
+        return sharding.column_linear(self.in_features, self.out_features, rank, bias=self.has_bias, dtype=dtype)
 
 
 @final
@@ -95,7 +95,7 @@ class MergedColumnParallelLinear(_ColumnLinear):
         self._build()
 
     def _specs(self, rank: int, dtype: str) -> Specs:
-        return sharding.column_linear(self.in_features, self.out_features, rank, bias=self.has_bias, dtype=dtype)
+        return sharding.merged_column_linear(self.in_features, self.out_features, rank, bias=self.has_bias, dtype=dtype)
 
 
 @final

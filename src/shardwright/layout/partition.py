@@ -5,6 +5,7 @@ Decides where cuts fall. Knows nothing of tensors, models or devices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from math import isfinite
 
@@ -60,18 +61,18 @@ class Partition:
     def weighted(cls, size: int, shares: Sequence[float], granule: int = 1) -> "Partition":
         """Granules in proportion to `shares` (speed or memory of unequal devices), by largest remainder.
 
-        Ties go to the lower rank; a share of 0 leaves its rank empty.
+        Exact: ties go to the lower rank, whatever floating point makes of a third; a share of 0 leaves its rank empty.
         """
         _check(size, len(shares), granule)
-        total = sum(shares)
-        if not isfinite(total) or total <= 0 or min(shares) < 0:
+        if not all(map(isfinite, shares)) or max(shares) <= 0 or min(shares) < 0:
             raise UsageError(
                 "shares", list(shares), "shares are finite, not negative and not all zero", "give one a rank"
             )
         granules = -(-size // granule)
-        quotas = [granules * share / total for share in shares]
-        counts = [min(int(quota), granules) for quota in quotas]
-        by_remainder = sorted((r for r, s in enumerate(shares) if s > 0), key=lambda r: (counts[r] - quotas[r], r))
+        total = sum(map(Fraction, shares))
+        quotas = [granules * Fraction(share) / total for share in shares]
+        counts = [int(quota) for quota in quotas]
+        by_remainder = sorted(range(len(shares)), key=lambda r: (counts[r] - quotas[r], r))
         for rank in by_remainder[: granules - sum(counts)]:
             counts[rank] += 1
         return cls._of_granules(counts, size, granule)

@@ -19,27 +19,40 @@ def replicated(
 ) -> Specs:
     """Parameters every rank holds whole. `partial` where each rank sees only its share of what uses them."""
     everyone = tuple(range(ranks))
+    if ranks == 1:
+        gradient = "whole"
     return {
         name: TensorSpec(shape, dtype, (Piece(name, shape, _whole(shape), _box(shape), everyone, gradient=gradient),))
         for name, shape in sizes.items()
     }
 
 
-def column_linear(in_features: int, outs: Sequence[Partition], rank: int, *, bias: bool, dtype: str = DTYPE) -> Specs:
-    """Weights `[O, I]` cut by rows, one after another: `w_r [sum O_r, I]`. One part's source is plain `weight`."""
-    widths = [out.widths[rank] for out in outs]
+def column_linear(in_features: int, out: Partition, rank: int, *, bias: bool, dtype: str = DTYPE) -> Specs:
+    """Weight `[O, I]` cut by rows: `w_r [O_r, I]`."""
+    return _rows(in_features, {"": out}, rank, bias=bias, dtype=dtype)
+
+
+def merged_column_linear(
+    in_features: int, outs: Sequence[Partition], rank: int, *, bias: bool, dtype: str = DTYPE
+) -> Specs:
+    """Several weights `[O, I]`, each cut by rows, one after another: `w_r [sum O_r, I]`; sources `0.weight`, …."""
+    return _rows(in_features, {f"{index}.": out for index, out in enumerate(outs)}, rank, bias=bias, dtype=dtype)
+
+
+def _rows(in_features: int, parts: dict[str, Partition], rank: int, *, bias: bool, dtype: str) -> Specs:
+    widths = [out.widths[rank] for out in parts.values()]
     starts = [sum(widths[:i]) for i in range(len(widths))]
     specs: Specs = {}
     for name, columns in (("weight", (in_features,)), *((("bias", ()),) if bias else ())):
         pieces = tuple(
             Piece(
-                name if len(outs) == 1 else f"{index}.{name}",
+                f"{prefix}{name}",
                 (out.size, *columns),
                 ((out.range(rank),), *_whole(columns)),
                 ((start, start + width), *_box(columns)),
                 (rank,),
             )
-            for index, (out, start, width) in enumerate(zip(outs, starts, widths, strict=True))
+            for (prefix, out), start, width in zip(parts.items(), starts, widths, strict=True)
             if width
         )
         specs[name] = TensorSpec((sum(widths), *columns), dtype, pieces)
@@ -57,7 +70,7 @@ def row_linear(in_features: Partition, out_features: int, rank: int, *, bias: bo
 
 def vocab_table(vocabulary: Partition, hidden: int, rank: int, *, dtype: str = DTYPE) -> Specs:
     """A table `[V, H]` (embedding or head) cut by rows of the vocabulary: `w_r [V_r, H]`."""
-    return column_linear(hidden, (vocabulary,), rank, bias=False, dtype=dtype)
+    return column_linear(hidden, vocabulary, rank, bias=False, dtype=dtype)
 
 
 def qkv_linear(

@@ -57,5 +57,6 @@ def merge_tensors(shards: "Sequence[Tensor]", split_axis: int) -> "Tensor":
 
 def _axis(axis: int, dims: int) -> int:
     if not -dims <= axis < dims:
-        raise UsageError("split_axis", axis, f"the tensor has {dims} axes", f"use {-dims}…{dims - 1}" if dims else "")
+        remedy = f"use {-dims}…{dims - 1}" if dims else "a single number cannot be cut"
+        raise UsageError("split_axis", axis, f"the tensor has {dims} axes", remedy)
     return axis % dims

@@ -65,7 +65,7 @@ def _layer(config: ModelConfig, cuts: Cuts, rank: int, dtype: str, path: str) ->
         ),
         "attention.out": sharding.row_linear(inner, config.hidden, rank, bias=config.out_bias, dtype=dtype),
         "mlp_norm": _norm(config.hidden, cuts, dtype),
-        "mlp.gate_up": sharding.column_linear(config.hidden, (ff, ff), rank, bias=config.mlp_bias, dtype=dtype),
+        "mlp.gate_up": sharding.merged_column_linear(config.hidden, (ff, ff), rank, bias=config.mlp_bias, dtype=dtype),
         "mlp.down": sharding.row_linear(ff, config.hidden, rank, bias=config.mlp_bias, dtype=dtype),
     }
     if config.qk_norm:

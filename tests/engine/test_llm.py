@@ -1,0 +1,74 @@
+"""`LLM` from Python: batches, reuse, errors of the caller, and ranks that fail."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from shardwright.engine.llm import LLM
+from shardwright.engine.request import SamplingParams
+from shardwright.errors import FileError, RankError, UsageError
+
+QUESTIONS = ["What is the capital of France?", "What is the capital of Italy?"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    with LLM(tp=2) as llm:
+        yield llm
+
+
+def test_a_batch_gives_what_its_prompts_give_alone(llm: LLM) -> None:
+    """Greedy choices of a confident model: the batch moves only last bits of the logits."""
+    params = SamplingParams(max_tokens=8)
+    together = llm.generate(QUESTIONS, params)
+    assert together[0].text == "The capital of France is Paris."
+    assert together[0].finish == "stop"
+    assert [llm.generate(question, params)[0] for question in QUESTIONS] == together
+
+
+def test_ids_and_raw_text_are_taken_as_they_are(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=2)
+    ids = llm.source.tokenizer.encode("The capital of France is")
+    assert llm.generate(ids, params) == llm.generate("The capital of France is", params, raw=True)
+    assert llm.generate([ids], params)[0].prompt_token_ids == ids
+
+
+def test_a_refused_prompt_leaves_the_ranks_usable(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="there is nothing to continue"):
+        llm.generate(["fine", ""])
+    with pytest.raises(UsageError, match="the model has 49152 words"):
+        llm.generate([1, 49152])
+    with pytest.raises(UsageError, match="context is 8192 tokens"):
+        llm.generate([1] * 8192)
+    assert llm.generate([]) == []
+    assert llm.generate(QUESTIONS[0], SamplingParams(max_tokens=3))[0].text == "The capital of"
+
+
+def test_a_missing_model_is_refused_before_a_rank_exists(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="it cannot be opened"):
+        LLM(tmp_path / "nothing.gguf")
+    with pytest.raises(UsageError, match="tp=0"):
+        LLM(tp=0)
+    with pytest.raises(UsageError, match="dtype=int3"):
+        LLM(dtype="int3")
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [deeper for child in children for deeper in descendants(child)]
+
+
+def test_a_killed_rank_ends_the_job_with_its_name() -> None:
+    before = set(descendants(os.getpid()))
+    llm = LLM(tp=2)
+    started = [pid for pid in descendants(os.getpid()) if pid not in before]
+    os.kill(started[-1], signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1 \(pid \d+\) was killed by SIGKILL"):
+        llm.generate(QUESTIONS)
+    llm.close()
+    assert time.monotonic() - start < 5
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)

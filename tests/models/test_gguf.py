@@ -1,0 +1,197 @@
+"""Models read from GGUF files, written by the gguf package as llama.cpp's converter would, against transformers.
+
+float32 logits within 1e-4 of the largest, for the reason given in `test_transformers`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shardwright.comm import regions
+from shardwright.comm.group import Group
+from shardwright.comm.single import SingleGroup
+from shardwright.errors import FileError, UnsupportedError
+from shardwright.layers.batch import Batch
+from shardwright.models.load import load
+from shardwright.testing.ranks import on_threads
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 37,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+"""Rows are whole blocks of 32 values, so that every matrix may be quantised; 3 ranks cut them inside a block."""
+TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 36], [22], [0, 7]]
+PARTS = {
+    "embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+Extra = Callable[[gguf.GGUFWriter], object]
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of q and k rows: the two halves of a head interleaved."""
+    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write(
+    path: Path, architecture: str, model: PreTrainedModel, kind: Type, extra: Extra = lambda writer: None
+) -> None:
+    """A GGUF file of the model, whose own matrices become what `kind` makes of them, so that both hold the same."""
+    writer = gguf.GGUFWriter(path, architecture)
+    describe(writer, model.config)
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    for name, parameter in model.named_parameters():
+        words = name.removeprefix("model.").removesuffix(".weight").split(".")
+        layer, part = (f"blk.{words[1]}.", words[2:]) if words[0] == "layers" else ("", words)
+        stored_as = kind if parameter.dim() == 2 else Type.F32
+        rows = gguf.quants.quantize(parameter.detach().numpy(), stored_as)
+        parameter.data = torch.tensor(gguf.quants.dequantize(rows, stored_as))
+        if architecture == "llama" and part[-1] in heads:
+            rows = permuted(rows, heads[part[-1]])
+        writer.add_tensor(f"{layer}{PARTS['.'.join(part)]}.weight", rows, raw_dtype=stored_as)
+    extra(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def describe(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+
+
+def logits_of(group: Group, path: Path) -> tuple[Tensor, int, int]:
+    loaded = load(path, group, dtype="float32")
+    with torch.no_grad():
+        logits = loaded.model(Batch.whole(TEXTS))
+    whole = regions.gather(logits, 1, loaded.model.cuts.vocabulary.widths, group)
+    return whole, loaded.weight_bytes, loaded.bytes_read
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("family", "changes"), [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}),
+    ("qwen3", {}),
+    ("qwen3", {"num_attention_heads": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
+])  # fmt: skip
+def test_logits_equal(saved: Any, tmp_path: Path, family: str, changes: dict[str, Any], kind: Type) -> None:
+    """Both sides compute in float32 on the same rounded weights."""
+    twin, _ = saved(family, **SIZES | changes)
+    path = tmp_path / "model.gguf"
+    write(path, family, twin, kind)
+    with torch.no_grad():
+        expected = torch.cat([twin(torch.tensor([text])).logits[0] for text in TEXTS])
+    for tp in (1, 3):
+        for logits, *_ in on_threads(tp, logits_of, path):
+            assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Type.F16, torch.float16), (Type.Q8_0, torch.float32)])
+def test_16_bit_weights_stay_so_and_quantised_ones_become_float32(
+    saved: Any, tmp_path: Path, kind: Type, dtype: torch.dtype
+) -> None:
+    twin, _ = saved("llama", **SIZES)
+    write(tmp_path / "model.gguf", "llama", twin, kind)
+    model = load(tmp_path / "model.gguf", SingleGroup()).model
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_cut_inside_a_quantised_block_reads_only_the_blocks_it_needs(saved: Any, tmp_path: Path) -> None:
+    """3 ranks cut F = 96 into 32, and 16-wide heads inside blocks of 32: those are read by both neighbours."""
+    twin, _ = saved("llama", **SIZES)
+    path = tmp_path / "model.gguf"
+    write(path, "llama", twin, Type.Q8_0)
+    for _, weight_bytes, bytes_read in on_threads(3, logits_of, path):
+        assert 34 / 32 / 4 * weight_bytes < bytes_read < 0.36 * weight_bytes
+
+
+@pytest.mark.parametrize(("extra", "said"), [
+    (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rotary scaling"),
+    (lambda w: w.add_rope_scaling_factor(4.0), "rotary scaling"),
+    (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), "rotary scaling"),
+    (lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)), "rotary scaling"),
+    (lambda w: w.add_rope_dimension_count(8), "only 8 of 16 dims of a head are rotated"),
+])  # fmt: skip
+def test_another_rotation_is_refused(saved: Any, tmp_path: Path, extra: Extra, said: str) -> None:
+    twin, _ = saved("llama", **SIZES)
+    write(tmp_path / "model.gguf", "llama", twin, Type.F32, extra)
+    with pytest.raises(UnsupportedError, match=said):
+        load(tmp_path / "model.gguf", SingleGroup())
+
+
+def test_rotation_said_to_be_plain_is_no_scaling(saved: Any, tmp_path: Path) -> None:
+    def plain(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+        writer.add_rope_scaling_factor(1.0)
+        writer.add_rope_dimension_count(16)
+
+    twin, _ = saved("llama", **SIZES)
+    write(tmp_path / "model.gguf", "llama", twin, Type.F32, plain)
+    assert load(tmp_path / "model.gguf", SingleGroup()).model.config.rope_scaling is None
+
+
+def test_the_vocabulary_may_be_told_by_the_tokens_alone(saved: Any, tmp_path: Path) -> None:
+    """llama.cpp's converter writes no vocab_size for some tokenizers."""
+    twin, _ = saved("llama", **SIZES)
+    tokens = [f"<{i}>" for i in range(SIZES["vocab_size"])]
+
+    def tokens_only(writer: gguf.GGUFWriter) -> None:
+        writer.add_token_list(tokens)
+        del writer.kv_data[0]["llama.vocab_size"]
+
+    write(tmp_path / "model.gguf", "llama", twin, Type.F32, tokens_only)
+    assert load(tmp_path / "model.gguf", SingleGroup()).model.config.vocabulary == len(tokens)
+
+
+def test_an_unknown_architecture_names_the_known(saved: Any, tmp_path: Path) -> None:
+    twin, _ = saved("llama", **SIZES)
+    write(tmp_path / "model.gguf", "gemma3", twin, Type.F32)
+    with pytest.raises(UnsupportedError, match=r"'gemma3' is not supported; supported are llama, qwen3$"):
+        load(tmp_path / "model.gguf", SingleGroup())
+
+
+def test_a_bias_the_model_would_not_use_is_refused(saved: Any, tmp_path: Path) -> None:
+    """Qwen2's files call themselves qwen2; a llama file with biases is none of ours."""
+    twin, _ = saved("llama", **SIZES)
+    bias = np.zeros(64, dtype=np.float32)
+    write(tmp_path / "model.gguf", "llama", twin, Type.F32, lambda w: w.add_tensor("blk.0.attn_q.bias", bias))
+    with pytest.raises(FileError, match=r"tensor 'blk.0.attn_q.bias' \(1 such\) has no place in a llama model"):
+        load(tmp_path / "model.gguf", SingleGroup())
