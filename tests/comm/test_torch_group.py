@@ -17,7 +17,7 @@ from shardwright.comm.group import Group, sum_in_rank_order
 from shardwright.comm.recording import RecordingGroup
 from shardwright.comm.torch_group import TorchGroup
 from shardwright.errors import CommError, UnsupportedError
-from shardwright.testing.ranks import on_processes, on_threads
+from shardwright.testing.ranks import on_gloo, on_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.uint8]
 
@@ -204,7 +204,7 @@ def check_everything(group: TorchGroup) -> list[float]:
 
 def test_five_processes() -> None:
     """Gradients of sums of five equal values: 1e-12 lies far above float64's rounding of values below 100."""
-    processes: list[Any] = on_processes(5, check_everything)
+    processes: list[Any] = on_gloo(5, check_everything)
     threads = on_threads(5, check_regions)
     assert processes == [pytest.approx(gradient, abs=1e-12) for gradient in threads]
 

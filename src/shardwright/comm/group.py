@@ -213,6 +213,11 @@ class Group(ABC):
             raise CommError(f"rank {self.rank} ended its step without waiting for {calls}; call wait() on each handle")
 
     @final
+    def spent(self, seconds: float) -> None:
+        """Count time that compiled code waited in this group's collectives."""
+        self._ledger.waited_s += seconds
+
+    @final
     def retire(self, handle: Handle, seconds: float) -> None:
         """Called by a handle when it has been waited for, with the time that took."""
         self._ledger.open.pop(id(handle), None)

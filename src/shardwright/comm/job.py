@@ -22,6 +22,7 @@ from typing import Never, Self, final
 import shardwright.errors
 from shardwright.comm.channel import Channel, Message
 from shardwright.comm.group import Group
+from shardwright.comm.meeting import MEETINGS, Backend, Meeting
 from shardwright.comm.single import SingleGroup
 from shardwright.comm.watch import AbortWord
 from shardwright.errors import AbortedError, RankError, ShardwrightError, UsageError
@@ -41,7 +42,7 @@ Body = Callable[[Group, Channel], None]
 class Job:
     """N forked ranks. Use it as a context manager: leaving it, by an exception too, leaves no process behind."""
 
-    def __init__(self, n: int, body: Body) -> None:
+    def __init__(self, n: int, body: Body, backend: Backend = "shared_memory") -> None:
         if n < 1:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "try --tp 1")
         self.abort = AbortWord()
@@ -53,19 +54,19 @@ class Job:
         self._ended: dict[int, int] = {}
         self._killed: set[int] = set()
         self._driver: Channel | None = None
-        store = os.memfd_create("shardwright-store")
+        meeting = MEETINGS[backend](n)
         gc.freeze()  # so that the children's collector does not touch, and copy, the pages shared with this process
         sys.stdout.flush()  # or each child would print what waits there once more
         sys.stderr.flush()
         with ExitStack() as undo:
             undo.callback(self._stop, 0.0)
             for rank in range(n):
-                self._fork(rank, n, body, store)
+                self._fork(rank, n, body, meeting)
             undo.pop_all()
-        os.close(store)
+        meeting.close()
         gc.unfreeze()
 
-    def _fork(self, rank: int, n: int, body: Body, store: int) -> None:
+    def _fork(self, rank: int, n: int, body: Body, meeting: Meeting) -> None:
         ours, theirs = Channel.pair()
         parent, pid = os.getpid(), os.fork()
         if not pid:
@@ -75,7 +76,7 @@ class Job:
                     channel.close()
                 for fd in self._watched:
                     os.close(fd)
-                _rank_main(rank, n, body, theirs, self.abort, store)
+                _rank_main(rank, n, body, theirs, self.abort, meeting)
             finally:
                 os._exit(1)  # whatever happened above: a child never returns into what its parent was doing
         theirs.close()
@@ -266,7 +267,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST_MESSAGE]
 
 
-def _rank_main(rank: int, n: int, body: Body, channel: Channel, abort: AbortWord, store: int) -> Never:
+def _rank_main(rank: int, n: int, body: Body, channel: Channel, abort: AbortWord, meeting: Meeting) -> Never:
     """All of a rank's life."""
     with _Report(channel) as report:
         import torch
@@ -274,23 +275,12 @@ def _rank_main(rank: int, n: int, body: Body, channel: Channel, abort: AbortWord
         torch.set_num_threads(1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all in the foreground; the driver decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        group = _joined(rank, n, abort, store)
+        group = SingleGroup() if n == 1 else meeting.join(rank, abort)
         body(group, channel)
         group.end_step()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(report.failed))
-
-
-def _joined(rank: int, n: int, abort: AbortWord, store: int) -> Group:
-    if n == 1:
-        return SingleGroup()
-    from torch.distributed import FileStore  # type: ignore[attr-defined]
-
-    from shardwright.comm.torch_group import TorchGroup
-
-    # a file store that is no file: the ranks open the inherited memory by its name in /proc, and nothing listens
-    return TorchGroup(FileStore(f"/proc/self/fd/{store}", n), tuple(range(n)), rank, abort)
 
 
 def _die_with(parent: int) -> None:

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Self, final
+from typing import Any, Self, cast, final
 
 from shardwright.comm.channel import Channel, Message
 from shardwright.comm.job import GRACE, Job, rebuilt
+from shardwright.comm.meeting import Backend
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 
@@ -22,12 +23,12 @@ from shardwright.errors import RankError, ShardwrightError, UsageError
 class SpawnedJob:
     """N ranks forked by a fresh launcher process; otherwise like `Job`."""
 
-    def __init__(self, n: int, target: str, arguments: Sequence[Any] = ()) -> None:
+    def __init__(self, n: int, target: str, arguments: Sequence[Any] = (), backend: Backend = "shared_memory") -> None:
         if n < 1:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "pass tp=1")
         self._channel, theirs = Channel.pair()
         fd = theirs.fileno()
-        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target]
+        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, backend]
         # a process group of its own: Ctrl-C reaches the driver alone, which decides what it means
         self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, process_group=0)
         theirs.close()
@@ -81,7 +82,7 @@ def resolve(target: str) -> Any:
     return import_module(module).__dict__[name]
 
 
-def main(fd: int, n: int, target: str) -> int:
+def main(fd: int, n: int, target: str, backend: Backend) -> int:
     """Fork the ranks and relay, until they end or the driver hangs up."""
     import torch  # noqa: F401  once, before the fork, for all ranks
 
@@ -91,7 +92,7 @@ def main(fd: int, n: int, target: str) -> int:
         return 0
     body, arguments = resolve(target), start["arguments"]
     try:
-        with Job(n, lambda group, channel: body(group, channel, *arguments)) as job:
+        with Job(n, lambda group, channel: body(group, channel, *arguments), backend) as job:
             job.relay(driver)
     except ShardwrightError as error:
         notes = "\n".join(getattr(error, "__notes__", ()))
@@ -101,4 +102,4 @@ def main(fd: int, n: int, target: str) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    os._exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], cast("Backend", sys.argv[4])))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from shardwright.comm.group import Call, Done, Group, Handle, put, sum_in_rank_order
-from shardwright.comm.watch import AbortWord, poll
+from shardwright.comm.watch import ABORT_GRACE, AbortWord, poll
 from shardwright.errors import AbortedError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=60)
 CARRIED = frozenset(["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"])
 """Types that every collective of gloo moves, by torch's names."""
-
-ABORT_GRACE = 2.0
-"""Seconds after a broken connection in which the launcher names the rank that died."""
 
 
 class _WorkHandle(Handle):

@@ -10,6 +10,12 @@ from typing import final
 
 from shardwright.errors import AbortedError, CommError
 
+ABORT_GRACE = 2.0
+"""Seconds after a peer has gone in which the launcher says which rank failed, and of what."""
+
+ENDED = ("gone", "Z", "X")
+"""States of a process that will never come."""
+
 
 @final
 class AbortWord:
@@ -67,15 +73,22 @@ class Patience:
         self._last: dict[int, tuple[float, float]] = {}
 
     def check(self, missing: Mapping[int, int], waiting_for: object) -> None:
-        """Raise `CommError` about a missing rank (rank → pid) whose processor time has stood still for too long."""
+        """Look at the missing ranks (rank → pid).
+
+        Raises:
+            CommError: one has computed nothing for too long.
+            AbortedError: one has ended; the launcher has had a moment to say of what.
+        """
         now = time.monotonic()
         for rank, pid in missing.items():
             state, computed = state_of(pid)
             since, before = self._last.get(rank, (now, -1.0))
             if computed > before:
                 self._last[rank] = now, computed
+            elif state in ENDED and now - since > ABORT_GRACE:
+                raise AbortedError(f"{waiting_for} broke off: rank {rank} has ended")
             elif now - since > self.timeout_s:
-                shown = {"T": "is stopped", "gone": "has ended"}.get(state, f"shows no life (state {state})")
+                shown = "is stopped" if state == "T" else f"shows no life (state {state})"
                 raise CommError(
                     f"rank {rank} (pid {pid}) {shown} and has not entered {waiting_for} for {self.timeout_s:g} s; "
                     "continue or end it"

@@ -9,6 +9,7 @@ from shardwright.engine.sampler import sample
 from shardwright.engine.scheduler import Chunk, Scheduler
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
+from shardwright.models.compiled import CompiledStep, supports
 from shardwright.models.decoder import Decoder
 
 PAGE = 128
@@ -22,9 +23,10 @@ class Engine:
     def __init__(self, model: Decoder, scheduler: Scheduler | None = None) -> None:
         self.model = model
         self.scheduler = scheduler or Scheduler(model.config.context, PAGE)
-        heads, dtype = model.cuts.heads.kv_width(model.group.rank), model.embedding.weight.dtype
-        page = self.scheduler.page
+        page, heads = self.scheduler.page, model.cuts.heads.kv_width(model.group.rank)
+        dtype = torch.float32 if supports(model) else model.embedding.weight.dtype
         self.kv = [PagedKV(page, heads, model.config.head_size, dtype) for _ in range(model.config.layers)]
+        self.compiled = CompiledStep(model, self.kv) if supports(model) else None
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -41,7 +43,8 @@ class Engine:
         chunks = self.scheduler.schedule()
         for store in self.kv:
             store.grow(self.scheduler.pages_needed)
-        logits = self.model(batch_of(chunks), self.kv)
+        batch = batch_of(chunks)
+        logits = self.compiled(batch) if self.compiled and self.compiled.fits(batch) else self.model(batch, self.kv)
         complete = [chunk.sequence for chunk in chunks if chunk.complete]
         tokens = sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
         self.model.group.end_step()

@@ -34,7 +34,8 @@ class FreshKV(KVStore):
 class PagedKV(KVStore):
     """Pages `[pages, page, K_r, D]` shared by all sequences; a sequence's table lists its pages in order.
 
-    Contiguous storage is one page a sequence: then nothing is copied when reading.
+    Contiguous storage is one page a sequence: then nothing is copied when reading. The pages' dtype may be wider than
+    the model's.
     """
 
     def __init__(self, page: int, kv_heads: int, head_size: int, dtype: torch.dtype, pages: int = 0) -> None:
@@ -64,9 +65,9 @@ class PagedKV(KVStore):
             device=self.k.device,
         )
         for pages, new in ((self.k, k), (self.v, v)):
-            pages.flatten(0, 1).index_copy_(0, slots, new)
+            pages.flatten(0, 1).index_copy_(0, slots, new.to(pages.dtype))
         return [
-            (_joined(self.k, table, held), _joined(self.v, table, held))
+            (_joined(self.k, table, held).to(k.dtype), _joined(self.v, table, held).to(v.dtype))
             for table, held in zip(batch.tables, batch.held, strict=True)
         ]
 

@@ -1,0 +1,108 @@
+"""Compiled words that ranks share: loads and stores with order, and waiting that spins, yields, then sleeps.
+
+Everything here is numba, compiled once and cached, and takes addresses as integers, so that a compiled step can inline
+it. Knows one word and who sleeps on it; nothing of slots or collectives. The first import compiles, later ones load.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+WORD = 8
+"""Bytes of a shared word."""
+
+YIELDS, SLEEPS = 200, 100
+"""Looks at a word between spinning and sleeping, and sleeps before a wait gives its caller a turn."""
+
+FUTEX = {"x86_64": 202, "aarch64": 98}
+"""The system call's number, by machine."""
+
+_WAIT, _WAKE, _EVERYONE = 0, 1, 0x7FFFFFFF
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
+
+
+@intrinsic
+def load_acquire(typing: Any, address: Any) -> Any:
+    """The int64 at an address; nothing after it is read before it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, arguments[0]), "acquire", WORD)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def store_release(typing: Any, address: Any, value: Any) -> Any:
+    """Write an int64: who sees it sees everything written before. Ordered before the loads that follow it, too."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store_atomic(arguments[1], _pointer(builder, arguments[0]), "seq_cst", WORD)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def fetch_add(typing: Any, address: Any, value: Any) -> Any:
+    """Add to an int64 in one step; what it held before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, arguments[0]), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+def publish(word: int, value: int, sleepers: int, futex: int) -> None:
+    """Store a word and wake whoever sleeps on it. sleepers: address of their count · futex: the system call."""
+    store_release(word, value)
+    if load_acquire(sleepers) > 0:
+        _syscall(futex, word, _WAKE, _EVERYONE, 0, 0, 0)
+
+
+@njit("int64(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
+def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, futex: int, nap: int) -> int:
+    """Wait until a word is at least `wanted`: 0; or give up: -1 as a rank has failed, 1 as time has passed.
+
+    sleepers: address of the count that tells the word's writer to wake us · abort: address of the job's abort word ·
+    spins: looks before the first yield · nap: address of a timespec, how long to sleep at most: a lost wake-up costs no
+    more than that. Who gets 1 sees to signals and time limits, and calls again.
+    """
+    looks = 0
+    while load_acquire(word) < wanted:
+        looks += 1
+        if looks <= spins:
+            continue
+        if load_acquire(abort) != 0:
+            return -1
+        if looks <= spins + YIELDS:
+            _sched_yield()
+            continue
+        fetch_add(sleepers, 1)
+        seen = load_acquire(word)
+        if seen < wanted:
+            _syscall(futex, word, _WAIT, seen & 0xFFFFFFFF, nap, 0, 0)
+        fetch_add(sleepers, -1)
+        if looks > spins + YIELDS + SLEEPS:
+            return 1
+    return 0
+
+
+@njit("int64(int64)", cache=True)
+def read_word(address: int) -> int:
+    """`load_acquire`, from Python."""
+    return load_acquire(address)
+
+
+@njit("void(int64, int64)", cache=True)
+def write_word(address: int, value: int) -> None:
+    """`store_release`, from Python."""
+    store_release(address, value)

@@ -1,0 +1,162 @@
+"""Compiled rounds: post what this rank hands over, wait for all, and for small tensors sum in the same call.
+
+A group's state is one int64 array, so that a call from Python passes four integers and a compiled step passes the same.
+A round's fingerprint is compared with every rank's before its data is used.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from shardwright.comm.atomics import await_word, load_acquire, publish, store_release
+from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
+
+RANK, RANKS, CONTROL, SLOTS, ABORT, SPINS, FUTEX, NAP, ROUND, EXCHANGE, WAITED, CLOCK = range(12)
+"""Places in the state: who and how many · addresses of control words, slots and abort word · looks before yielding ·
+the futex call · address of the timespec · rounds posted · exchanges begun, whose parity is the buffer · nanoseconds
+waited inside compiled code · two words in which it reads the clock."""
+
+LENGTH = CLOCK + 2
+
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+
+DONE, FAILED, AGAIN, DIFFERENT = 0, -1, 1, 2
+"""What a wait gives: all have posted · a rank has failed · time has passed · 2 + who called something else."""
+
+
+def _at(numba_type: Any, bits: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], bits.as_pointer())
+
+        return types.CPointer(numba_type)(types.int64), generate
+
+    return pointer
+
+
+_floats = _at(types.float32, ir.FloatType())
+_halves = _at(types.uint16, ir.IntType(16))
+
+
+@njit("int64(int64[::1], int64)", cache=True, nogil=True)
+def await_all(state: Any, fingerprint: int) -> int:
+    """Wait until every rank has posted this round, with this fingerprint."""
+    rank, ranks, number = state[RANK], state[RANKS], state[ROUND]
+    for other in range(ranks):
+        if other != rank:
+            word = state[CONTROL] + other * STRIDE
+            code = await_word(word, number, word + 8 * SLEEPERS, state[ABORT], state[SPINS], state[FUTEX], state[NAP])
+            if code != DONE:
+                return code
+            if load_acquire(word + 8 * (FINGERPRINT + (number & 1))) != fingerprint:
+                return DIFFERENT + other
+    return DONE
+
+
+@njit("void(int64[::1], int64)", cache=True, nogil=True)
+def post(state: Any, fingerprint: int) -> None:
+    """Say that this rank's part of the next round lies in its slot."""
+    state[ROUND] += 1
+    number = state[ROUND]
+    word = state[CONTROL] + state[RANK] * STRIDE
+    store_release(word + 8 * (FINGERPRINT + (number & 1)), fingerprint)
+    publish(word, number, word + 8 * SLEEPERS, state[FUTEX])
+
+
+@njit("boolean(int64[::1])", cache=True, nogil=True)
+def all_posted(state: Any) -> bool:
+    """Whether a wait for this round would return at once."""
+    for other in range(state[RANKS]):  # noqa: SIM110  all() of a generator does not compile
+        if load_acquire(state[CONTROL] + other * STRIDE) < state[ROUND]:
+            return False
+    return True
+
+
+@njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
+def _slot(state: Any, rank: int, exchange: int) -> int:
+    return state[SLOTS] + (2 * rank + (exchange & 1)) * SLOT
+
+
+@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
+def sum_float32(state: Any, out: int, n: int) -> None:
+    """`out` = the sum of all slots of this exchange, in rank order."""
+    total = carray(_floats(out), (n,))
+    first = carray(_floats(_slot(state, 0, state[EXCHANGE])), (n,))
+    second = carray(_floats(_slot(state, 1, state[EXCHANGE])), (n,))
+    for i in range(n):
+        total[i] = first[i] + second[i]
+    for rank in range(2, state[RANKS]):
+        part = carray(_floats(_slot(state, rank, state[EXCHANGE])), (n,))
+        for i in range(n):
+            total[i] += part[i]
+
+
+@njit("int64(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> int:
+    """Copy x into the slot, post, wait, sum: n elements that fit a slot. Unless `DONE`, the sum is still to be made."""
+    state[EXCHANGE] += 1
+    source, mine = carray(_floats(x), (n,)), carray(_floats(_slot(state, state[RANK], state[EXCHANGE])), (n,))
+    for i in range(n):
+        mine[i] = source[i]
+    post(state, fingerprint)
+    code = await_all(state, fingerprint)
+    if code == DONE:
+        sum_float32(state, out, n)
+    return code
+
+
+@njit("int64(int64[::1])", nogil=True)
+def _now(state: Any) -> int:
+    """The monotonic clock, in nanoseconds."""
+    _clock_gettime(1, state.ctypes.data + 8 * CLOCK)
+    return state[CLOCK] * 1_000_000_000 + state[CLOCK + 1]
+
+
+@njit("int64(int64[::1])", cache=True, nogil=True)
+def begin(state: Any) -> int:
+    """Begin an exchange from compiled code: the address of this rank's slot, to be filled and posted."""
+    state[EXCHANGE] += 1
+    return _slot(state, state[RANK], state[EXCHANGE])
+
+
+@njit("int64(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience: int) -> int:
+    """Post the slot that `begin` gave, wait, and add the sum of all slots, in rank order, to `x`.
+
+    patience: how often a wait that gives `AGAIN` is taken up again, about a tenth of a second each.
+    """
+    start = _now(state)
+    post(state, fingerprint)
+    code = await_all(state, fingerprint)
+    while code == AGAIN and patience > 0:
+        patience -= 1
+        code = await_all(state, fingerprint)
+    state[WAITED] += _now(state) - start
+    if code != DONE:
+        return code
+    total = carray(_floats(x), (n,))
+    first = carray(_floats(_slot(state, 0, state[EXCHANGE])), (n,))
+    if state[RANKS] == 1:
+        for i in range(n):
+            total[i] += first[i]
+        return DONE
+    if state[RANKS] == 2:
+        second = carray(_floats(_slot(state, 1, state[EXCHANGE])), (n,))
+        for i in range(n):
+            total[i] += first[i] + second[i]
+        return DONE
+    for i in range(n):
+        part = first[i]
+        for rank in range(1, state[RANKS]):
+            part += carray(_floats(_slot(state, rank, state[EXCHANGE])), (n,))[i]
+        total[i] += part
+    return DONE
+
+
+def new_state() -> Any:
+    """A group's state, all zero."""
+    return np.zeros(LENGTH, np.int64)

@@ -1,0 +1,102 @@
+"""`Segment`: memory that the ranks of one host share, and where everything in it lies.
+
+Control words of each rank, then its slots, then a mailbox for each ordered pair. It is a memfd, so nothing of it has a
+name and nothing is left when the last rank ends. Knows no collective.
+"""
+
+import mmap
+import os
+from pathlib import Path
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shardwright.errors import CommError
+
+STRIDE = 128
+"""Bytes of a rank's control words: a pair of cache lines, so that no two ranks write to the same."""
+
+POSTED, FINGERPRINT, SLEEPERS, PID, TOLD = 0, 1, 3, 4, 5
+"""Which control word is what: rounds posted · fingerprints of the last even and odd round · how many sleep on the first
+word · the process · the round whose text lies in `text`."""
+
+TEXT = 512
+"""Bytes in which a rank says what it called, once ranks disagree."""
+
+SLOT = 1 << 19
+"""Bytes of a slot: two of each rank stay in a core's share of the cache."""
+
+MAILBOX = 1 << 16
+"""Bytes that travel from one rank to another at a time, behind a control line of their own."""
+
+NAP_NS = 1_000_000
+
+
+@final
+class Segment:
+    """The shared memory of a group of `ranks`, new, or another process's by its descriptor."""
+
+    def __init__(self, ranks: int, fd: int | None = None) -> None:
+        self.ranks = ranks
+        texts = mmap.PAGESIZE + ranks * STRIDE
+        self._texts = texts
+        self._slots = -(-(texts + ranks * TEXT) // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._mail = self._slots + ranks * 2 * SLOT
+        size = self._mail + ranks * ranks * (MAILBOX + STRIDE)
+        if fd is None:
+            _check_available(size)
+            fd = os.memfd_create("shardwright-segment")
+            os.ftruncate(fd, size)
+        self.fd = fd
+        self._bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+        self._words = self._bytes[: self._slots].view(np.int64)
+        self._words[:2] = 0, NAP_NS
+        self._tensor = torch.from_numpy(self._bytes)
+        self.address = self._bytes.ctypes.data
+
+    @property
+    def nap(self) -> int:
+        """Address of the timespec in which waits sleep."""
+        return self.address
+
+    @property
+    def control(self) -> int:
+        """Address of rank 0's control words; the others follow at `STRIDE`."""
+        return self.address + mmap.PAGESIZE
+
+    @property
+    def slots(self) -> int:
+        """Address of rank 0's first slot; its second follows, then the other ranks'."""
+        return self.address + self._slots
+
+    def words(self, rank: int) -> NDArray[np.int64]:
+        """A rank's control words."""
+        start = (mmap.PAGESIZE + rank * STRIDE) // 8
+        return self._words[start : start + STRIDE // 8]
+
+    def text(self, rank: int) -> NDArray[np.uint8]:
+        """Where a rank says what it called."""
+        start = self._texts + rank * TEXT
+        return self._bytes[start : start + TEXT]
+
+    def slot(self, rank: int, buffer: int) -> Tensor:
+        """One of a rank's two slots, as bytes."""
+        start = self._slots + (2 * rank + buffer) * SLOT
+        return self._tensor[start : start + SLOT]
+
+    def mailbox(self, source: int, destination: int) -> tuple[int, Tensor]:
+        """Address of a pair's two counters (chunks written, chunks read), and the bytes behind them."""
+        start = self._mail + (source * self.ranks + destination) * (MAILBOX + STRIDE)
+        return self.address + start, self._tensor[start + STRIDE : start + STRIDE + MAILBOX]
+
+
+def _check_available(size: int) -> None:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            if size > available:
+                need = f"the ranks' shared memory needs {size:,} bytes and {available:,} are available"
+                raise CommError(f"{need}; use fewer ranks, or free some memory")

@@ -1,0 +1,108 @@
+"""The small loops a decode step is made of, compiled: one new token of each of B sequences, every weight read once.
+
+Values are float32; weights are float32, or bfloat16 as its bits, widened as they are read. Sums may be reordered
+(`fastmath`), so results equal the torch path's to rounding. A function writes its result into its last argument.
+"""
+
+from math import exp, sqrt
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+
+@intrinsic
+def widened(typing: Any, value: Any) -> Any:
+    """A weight as float32: bfloat16, given as its bits, is the upper half of the float32 it stands for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if value != types.uint16:
+            return arguments[0]
+        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@njit(fastmath=True, nogil=True)
+def matvec(w: Any, x: Any, y: Any) -> None:
+    """`y [B, O] = x [B, I] @ w [O, I].T`."""
+    for o in range(w.shape[0]):
+        row = w[o]
+        for b in range(x.shape[0]):
+            vector, total = x[b], types.float32(0)
+            for i in range(row.size):
+                total += widened(row[i]) * vector[i]
+            y[b, o] = total
+
+
+@njit(nogil=True)
+def add_row(row: Any, y: Any) -> None:
+    """Add `row [O]` to every row of `y [B, O]`."""
+    for b in range(y.shape[0]):
+        for i in range(y.shape[1]):
+            y[b, i] += row[i]
+
+
+@njit(fastmath=True, nogil=True)
+def rms_norm(x: Any, weight: Any, eps: float, y: Any) -> None:
+    """`y [B, H] = x / sqrt(mean(x²) + eps) * weight`; weight is float32."""
+    for b in range(x.shape[0]):
+        squares = types.float32(0)
+        for i in range(x.shape[1]):
+            squares += x[b, i] * x[b, i]
+        scale = types.float32(1.0 / sqrt(squares / x.shape[1] + eps))
+        for i in range(x.shape[1]):
+            y[b, i] = x[b, i] * scale * weight[i]
+
+
+@njit(fastmath=True, nogil=True)
+def rotate(cos: Any, sin: Any, heads: Any) -> None:
+    """Turn pairs (i, i + D/2) of `heads [n, D]` in place by one token's angles `[D/2]`."""
+    half = cos.size
+    for h in range(heads.shape[0]):
+        for i in range(half):
+            first, second = heads[h, i], heads[h, half + i]
+            heads[h, i] = first * cos[i] - second * sin[i]
+            heads[h, half + i] = second * cos[i] + first * sin[i]
+
+
+@njit(fastmath=True, nogil=True)
+def swiglu(gate_up: Any, y: Any) -> None:
+    """`y [B, F_r] = silu(gate) * up` of `gate_up [B, 2 F_r]`."""
+    width = y.shape[1]
+    for b in range(y.shape[0]):
+        for i in range(width):
+            gate = gate_up[b, i]
+            y[b, i] = gate / (types.float32(1) + types.float32(exp(-gate))) * gate_up[b, width + i]
+
+
+@njit(fastmath=True, nogil=True)
+def attend(q: Any, keys: Any, values: Any, table: Any, held: int, kv_index: Any, scores: Any, y: Any) -> None:
+    """One token's heads `q [N_r, D]` over its `held` past tokens: `y [N_r, D]`.
+
+    keys, values `[pages, page, K_r, D]` · table: the sequence's pages · kv_index `[N_r]` · scores `[held]`: room to
+    work. Scores are taken whole before their softmax, so no maximum is corrected on the way.
+    """
+    page, size = keys.shape[1], q.shape[1]
+    scale = types.float32(1.0 / sqrt(size))
+    for h in range(q.shape[0]):
+        k, top = kv_index[h], types.float32(-3.0e38)
+        for t in range(held):
+            key, score = keys[table[t // page], t % page, k], types.float32(0)
+            for i in range(size):
+                score += q[h, i] * key[i]
+            scores[t] = score * scale
+            top = max(top, scores[t])
+        total = types.float32(0)
+        for i in range(size):
+            y[h, i] = 0
+        for t in range(held):
+            weight = types.float32(exp(scores[t] - top))
+            total += weight
+            value = values[table[t // page], t % page, k]
+            for i in range(size):
+                y[h, i] += weight * value[i]
+        for i in range(size):
+            y[h, i] /= total

@@ -1,0 +1,152 @@
+"""One decode step of a whole decoder, compiled: from B embedded tokens to logits, collectives included.
+
+It is the blocks in the decoder's order, over addresses that `models.compiled` collects from the layers. Weights are
+float32, or bfloat16 as its bits; values, norms, biases and KV pages are float32 in both.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from shardwright.comm.rounds import DONE, begin, finish_adding_float32
+from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
+
+LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF = range(9)
+"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16."""
+
+NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
+MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
+"""Columns of `plan`, a row a layer: addresses of its tensors (0 where it has none) and the fingerprints of its two
+all-reduces. The row behind the last layer holds the final norm under NORM and the table of logits under QKV."""
+
+SIGNATURE = (
+    "int64(int64[::1], int64[:, ::1], int64[::1], float64, float32[:, ::1], float32[:, :, ::1], int64[:, ::1], "
+    "int64[::1], float32[::1], float32[:, ::1])"
+)
+"""Given beforehand, so that importing this file compiles the step, or loads it, and no rank ever does."""
+
+PATIENCE = 300
+"""Waits of a tenth of a second before a step gives up, and Python looks at who is missing."""
+
+
+def _pointer_to(numba_type: Any, bits: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], bits.as_pointer())
+
+        return types.CPointer(numba_type)(types.int64), generate
+
+    return pointer
+
+
+_float32_at = _pointer_to(types.float32, ir.FloatType())
+_uint16_at = _pointer_to(types.uint16, ir.IntType(16))
+
+
+@njit(nogil=True)
+def _project(dims: Any, weight: int, x: Any, y: Any) -> None:
+    """`y [B, O] = x [B, I] @ w.T`, whichever dtype the weight at that address has."""
+    shape = (y.shape[1], x.shape[1])
+    if dims[HALF]:
+        matvec(carray(_uint16_at(weight), shape), x, y)
+    else:
+        matvec(carray(_float32_at(weight), shape), x, y)
+
+
+@njit(nogil=True)
+def _with_bias(address: int, y: Any) -> None:
+    if address:
+        add_row(carray(_float32_at(address), (y.shape[1],)), y)
+
+
+@njit(nogil=True)
+def _normed(address: int, eps: float, x: Any, y: Any) -> None:
+    rms_norm(x, carray(_float32_at(address), (x.shape[1],)), eps, y)
+
+
+@njit(nogil=True)
+def _heads(
+    row: Any, dims: Any, eps: float, angles: Any, places: Any, kv_index: Any, qkv: Any, scores: Any, y: Any
+) -> None:
+    """One sequence's token: norms and turns q and k, stores k and v, attends. `places`: held, slot, then its pages."""
+    n, k, size, page = dims[HEADS], dims[KV_HEADS], dims[SIZE], dims[PAGE]
+    heads, held, slot, table = qkv.reshape((n + 2 * k, size)), places[0], places[1], places[2:]
+    if row[Q_NORM]:
+        _normed(row[Q_NORM], eps, heads[:n], heads[:n])
+        _normed(row[K_NORM], eps, heads[n : n + k], heads[n : n + k])
+    rotate(angles[0], angles[1], heads[: n + k])
+    pages = (1 << 40) // (page * k * size + 1)  # carray wants a length; the table keeps to the pages there are
+    keys = carray(_float32_at(row[KEYS]), (pages, page, k, size))
+    values = carray(_float32_at(row[VALUES]), (pages, page, k, size))
+    keys[slot // page, slot % page] = heads[n : n + k]
+    values[slot // page, slot % page] = heads[n + k :]
+    attend(heads[:n], keys, values, table, held, kv_index, scores, y.reshape((n, size)))
+
+
+@njit(nogil=True)
+def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any, part: Any, x: Any) -> int:
+    """`x += all_reduce(part @ w.T) + bias`: the product goes straight into the shared slot."""
+    y = carray(_float32_at(begin(state)), x.shape)
+    _project(dims, weight, part, y)
+    code = finish_adding_float32(state, fingerprint + x.size, x.ctypes.data, x.size, PATIENCE)
+    _with_bias(bias, x)
+    return code
+
+
+@njit(SIGNATURE, nogil=True, cache=True)
+def decode_step(
+    state: Any,
+    plan: Any,
+    dims: Any,
+    eps: float,
+    x: Any,
+    angles: Any,
+    places: Any,
+    kv_index: Any,
+    room: Any,
+    logits: Any,
+) -> int:
+    """Advance B sequences by one token: `x [B, H]` embedded → `logits [B, V_r]`; `x` is used up.
+
+    state: the group's (see `comm.rounds`) · angles `[B, 2, D/2]` cos and sin · places `[B, 2 + pages]` tokens held with
+    this one, its slot, the sequence's pages · kv_index `[N_r]` · room: float32 to work in, see `room_needed`. Gives
+    `DONE`, or a wait's code where a rank is missing or differs.
+    """
+    b, n, size, f = len(x), dims[HEADS], dims[SIZE], dims[FEED_FORWARD]
+    h, wide = dims[HIDDEN], (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE]
+    normed, room = room[: b * h].reshape((b, h)), room[b * h :]
+    qkv, room = room[: b * wide].reshape((b, wide)), room[b * wide :]
+    seen, room = room[: b * n * size].reshape((b, n * size)), room[b * n * size :]
+    gate_up, room = room[: b * 2 * f].reshape((b, 2 * f)), room[b * 2 * f :]
+    inner, scores = room[: b * f].reshape((b, f)), room[b * f :]
+    for layer in range(dims[LAYERS]):
+        row = plan[layer]
+        _normed(row[NORM], eps, x, normed)
+        _project(dims, row[QKV], normed, qkv)
+        _with_bias(row[QKV_BIAS], qkv)
+        for s in range(b):
+            _heads(row, dims, eps, angles[s], places[s], kv_index, qkv[s], scores, seen[s])
+        code = _add_reduced(state, row[ATTENTION_CALL], row[OUT], row[OUT_BIAS], dims, seen, x)
+        if code != DONE:
+            return code
+        _normed(row[MLP_NORM], eps, x, normed)
+        _project(dims, row[GATE_UP], normed, gate_up)
+        _with_bias(row[GATE_UP_BIAS], gate_up)
+        swiglu(gate_up, inner)
+        code = _add_reduced(state, row[MLP_CALL], row[DOWN], row[DOWN_BIAS], dims, inner, x)
+        if code != DONE:
+            return code
+    last = plan[dims[LAYERS]]
+    _normed(last[NORM], eps, x, normed)
+    _project(dims, last[QKV], normed, logits)
+    return DONE
+
+
+def room_needed(dims: Any, sequences: int, held: int) -> int:
+    """Floats that a step needs to work in, for that many sequences, the longest holding `held` tokens."""
+    wide = (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE]
+    per_sequence = dims[HIDDEN] + wide + dims[HEADS] * dims[SIZE] + 3 * dims[FEED_FORWARD]
+    return int(sequences * per_sequence + held)
