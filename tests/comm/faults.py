@@ -1,6 +1,7 @@
-"""Ways for a rank to fail, and a program that lets a `Job` of three ranks suffer each: `python -m tests.comm.faults`.
+"""Ways for a rank to fail, and a program that lets a `Job` of three ranks suffer each.
 
-`Job` forks, so it needs a process in which torch has not computed: this one, which prints what it saw as JSON.
+`python -m tests.comm.faults BACKEND` prints what its driver saw as JSON.
+`Job` forks, so it needs a process in which torch has not computed: this one.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
 from shardwright.comm.job import Job
+from shardwright.comm.meeting import Backend
 from shardwright.errors import FileError, ShardwrightError, UsageError
 
 RANKS = 3
@@ -148,14 +150,14 @@ BODIES: dict[str, Callable[[Group, Channel, str], None]] = {
 }
 
 
-def outcome(fault: str) -> dict[str, Any]:
+def outcome(fault: str, backend: Backend) -> dict[str, Any]:
     """What the driver of three ranks sees."""
     body = BODIES.get(fault, fails)
     pids: dict[int, int] = {}
     failed = time.monotonic()
     found: dict[str, Any] = {"type": None}
     try:
-        with Job(RANKS, lambda group, channel: body(group, channel, fault)) as job:
+        with Job(RANKS, lambda group, channel: body(group, channel, fault), backend) as job:
             while (message := job.receive()) is not None:
                 pids[message["rank"]] = message["pid"]
                 failed = time.monotonic()
@@ -178,10 +180,10 @@ def echoes(group: Group, channel: Channel) -> None:
         channel.send({"got": len(message["text"]), "text": "b" * LONG})
 
 
-def both_ways() -> dict[str, Any]:
+def both_ways(backend: Backend) -> dict[str, Any]:
     """The driver sends four long messages before it receives any."""
     received: list[list[int]] = []
-    with Job(RANKS, echoes) as job:
+    with Job(RANKS, echoes, backend) as job:
         for i in range(4):
             job.send({"text": "c" * (LONG + i)})
         job.hang_up()
@@ -196,9 +198,9 @@ def tells_and_ends(group: Group, channel: Channel) -> None:
         channel.send({"i": i, "text": "d" * 40_000})
 
 
-def last_words() -> dict[str, Any]:
+def last_words(backend: Backend) -> dict[str, Any]:
     received: list[list[int]] = []
-    with Job(RANKS, tells_and_ends) as job:
+    with Job(RANKS, tells_and_ends, backend) as job:
         time.sleep(1.0)
         while (message := job.receive()) is not None:
             received.append([message["rank"], message["i"], len(message["text"])])
@@ -211,11 +213,11 @@ def listens(group: Group, channel: Channel) -> None:
         pass
 
 
-def interrupted() -> dict[str, Any]:
+def interrupted(backend: Backend) -> dict[str, Any]:
     """An exception of the driver's own goes through, and no rank is left."""
     pids: list[int] = []
     try:
-        with Job(RANKS, listens) as job:
+        with Job(RANKS, listens, backend) as job:
             pids += [(job.receive() or {})["pid"] for _ in range(RANKS)]
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -234,16 +236,17 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def main() -> None:
+def main(backend: Backend) -> None:
     sys.stdout.write("told once\n")  # waits in a buffer while ranks are forked
     report: dict[str, Any] = {"no ranks": no_ranks()}
     before = open_files()
-    report |= {"both ways": both_ways(), "last words": last_words(), "interrupted": interrupted()}
+    for test in (both_ways, last_words, interrupted):
+        report[test.__name__] = test(backend)
     for fault in [*FAULTS, *BODIES]:
-        report[fault] = outcome(fault)
+        report[fault] = outcome(fault, backend)
     report["files"] = open_files() - before
     sys.stdout.write(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    main("gloo" if sys.argv[1] == "gloo" else "shared_memory")

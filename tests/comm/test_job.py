@@ -21,12 +21,12 @@ SOON = 2.0
 STOPPED = "; the other ranks were stopped; if memory ran out, use more ranks or a smaller model"
 
 
-@pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["shared_memory", "gloo"])
+def told(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What the program saw, after checking what it left: no line printed twice, no file."""
     with tempfile.TemporaryDirectory() as empty:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.comm.faults"],
+            [sys.executable, "-m", "tests.comm.faults", request.param],
             capture_output=True,
             text=True,
             timeout=100,
@@ -134,13 +134,13 @@ def test_a_rank_that_does_not_listen_is_killed_after_the_grace(told: dict[str, A
 
 def test_long_messages_both_ways_at_once(told: dict[str, Any]) -> None:
     """Ranks meet in a barrier after each, so that one blocked on its driver would block them all."""
-    assert told["both ways"]["received"] == sorted(
+    assert told["both_ways"]["received"] == sorted(
         [rank, got, LONG] for rank in range(RANKS) for got in (0, *range(LONG, LONG + 4))
     )
 
 
 def test_the_last_words_of_a_rank_that_has_ended_are_heard(told: dict[str, Any]) -> None:
-    assert told["last words"]["received"] == [[rank, i, 40_000] for rank in range(RANKS) for i in range(3)]
+    assert told["last_words"]["received"] == [[rank, i, 40_000] for rank in range(RANKS) for i in range(3)]
 
 
 def test_an_exception_of_the_drivers_own_leaves_no_rank(told: dict[str, Any]) -> None:

@@ -178,3 +178,15 @@ def test_a_test_body_that_fails_is_a_rank_error() -> None:
     with pytest.raises(RankError) as raised:
         on_processes(1, fails_oddly)
     assert re.fullmatch(r"rank 0 \(pid \d+\): ValueError: on two lines", str(raised.value))
+
+
+def answers(group: Group, channel: Channel) -> None:
+    while (message := channel.receive()) is not None:
+        channel.send({"answer": message["question"] + group.rank})
+
+
+def test_a_message_sent_before_the_ranks_exist_arrives() -> None:
+    """It reaches the launcher in one read with the arguments."""
+    with SpawnedJob(2, f"{__name__}:answers") as job:
+        job.send({"question": 40})
+        assert sorted(job.receive()["answer"] for _ in range(2)) == [40, 41]

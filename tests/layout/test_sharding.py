@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from shardwright.layout.heads import HeadPartition
 from shardwright.layout.partition import Partition, Range
-from shardwright.layout.sharding import column_linear, merged_column_linear, qkv_linear, replicated, row_linear, vocab_table
+from shardwright.layout.sharding import (
+    column_linear,
+    merged_column_linear,
+    qkv_linear,
+    replicated,
+    row_linear,
+    vocab_table,
+)
 from shardwright.layout.spec import Piece, Specs, boxes, stored_bytes
 
 Cell = tuple[int, ...]
@@ -99,9 +106,7 @@ def test_merged_column_linear(columns: int, outs: list[int], n: int, bias: bool)
         assert ("bias" in table) == bias
         rows = [contents(table, "weight")[row, 0] for row in range(table["weight"].shape[0])]
         assert rows == [
-            (f"{index}.weight", (row, 0))
-            for index, cut in enumerate(cuts)
-            for row in range(*cut.range(rank))
+            (f"{index}.weight", (row, 0)) for index, cut in enumerate(cuts) for row in range(*cut.range(rank))
         ]
 
 

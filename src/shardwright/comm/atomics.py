@@ -14,7 +14,7 @@ WORD = 8
 """Bytes of a shared word."""
 
 YIELDS, SLEEPS = 200, 100
-"""Looks at a word between spinning and sleeping, and sleeps before a wait gives its caller a turn."""
+"""Looks at a word between spinning and sleeping, and the most sleeps before a wait gives its caller a turn."""
 
 FUTEX = {"x86_64": 202, "aarch64": 98}
 """The system call's number, by machine."""
@@ -31,17 +31,17 @@ def _pointer(builder: Any, address: Any) -> Any:
 
 @intrinsic
 def load_acquire(typing: Any, address: Any) -> Any:
-    """The int64 at an address; nothing after it is read before it."""
+    """The int64 at an address: nothing after it is read before it, and it is not read before a store ahead of it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, arguments[0]), "acquire", WORD)
+        return builder.load_atomic(_pointer(builder, arguments[0]), "seq_cst", WORD)
 
     return types.int64(types.int64), generate
 
 
 @intrinsic
 def store_release(typing: Any, address: Any, value: Any) -> Any:
-    """Write an int64: who sees it sees everything written before. Ordered before the loads that follow it, too."""
+    """Write an int64: who sees it sees everything written before. Ordered before the `load_acquire`s that follow."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.store_atomic(arguments[1], _pointer(builder, arguments[0]), "seq_cst", WORD)
@@ -68,13 +68,13 @@ def publish(word: int, value: int, sleepers: int, futex: int) -> None:
         _syscall(futex, word, _WAKE, _EVERYONE, 0, 0, 0)
 
 
-@njit("int64(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
-def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, futex: int, nap: int) -> int:
+@njit("int64(int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
+def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, futex: int, nap: int, sleeps: int) -> int:
     """Wait until a word is at least `wanted`: 0; or give up: -1 as a rank has failed, 1 as time has passed.
 
     sleepers: address of the count that tells the word's writer to wake us · abort: address of the job's abort word ·
     spins: looks before the first yield · nap: address of a timespec, how long to sleep at most: a lost wake-up costs no
-    more than that. Who gets 1 sees to signals and time limits, and calls again.
+    more than that · sleeps: how often. Who gets 1 sees to signals and time limits, and calls again.
     """
     looks = 0
     while load_acquire(word) < wanted:
@@ -86,13 +86,13 @@ def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, fu
         if looks <= spins + YIELDS:
             _sched_yield()
             continue
+        if looks > spins + YIELDS + sleeps:
+            return 1
         fetch_add(sleepers, 1)
         seen = load_acquire(word)
         if seen < wanted:
             _syscall(futex, word, _WAIT, seen & 0xFFFFFFFF, nap, 0, 0)
         fetch_add(sleepers, -1)
-        if looks > spins + YIELDS + SLEEPS:
-            return 1
     return 0
 
 

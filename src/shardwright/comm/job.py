@@ -106,6 +106,7 @@ class Job:
     def relay(self, driver: Channel) -> None:
         """Pass on what the driver and the ranks say, until the ranks have ended or the driver has."""
         self._driver = driver
+        self._obey()  # what came together with the message before it, and so makes no further event
         while (message := self.receive()) is not None:
             driver.send(message)
             self._obey()

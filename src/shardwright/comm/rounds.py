@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from shardwright.comm.atomics import await_word, load_acquire, publish, store_release
+from shardwright.comm.atomics import SLEEPS, await_word, load_acquire, publish, store_release
 from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
 
 RANK, RANKS, CONTROL, SLOTS, ABORT, SPINS, FUTEX, NAP, ROUND, EXCHANGE, WAITED, CLOCK = range(12)
@@ -20,6 +20,9 @@ the futex call · address of the timespec · rounds posted · exchanges begun, w
 waited inside compiled code · two words in which it reads the clock."""
 
 LENGTH = CLOCK + 2
+
+LINE, BLOCK = 16, 1024
+"""Floats of a cache line, and of what is summed at a time."""
 
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
@@ -43,13 +46,29 @@ _halves = _at(types.uint16, ir.IntType(16))
 
 
 @njit("int64(int64[::1], int64)", cache=True, nogil=True)
-def await_all(state: Any, fingerprint: int) -> int:
-    """Wait until every rank has posted this round, with this fingerprint."""
-    rank, ranks, number = state[RANK], state[RANKS], state[ROUND]
-    for other in range(ranks):
+def look(state: Any, fingerprint: int) -> int:
+    """What a wait for this round would give now: who has posted it has posted this fingerprint, and are they all?"""
+    number, code = state[ROUND], DONE
+    for other in range(state[RANKS]):
+        word = state[CONTROL] + other * STRIDE
+        if load_acquire(word) < number:
+            code = AGAIN
+        elif load_acquire(word + 8 * (FINGERPRINT + (number & 1))) != fingerprint:
+            return DIFFERENT + other
+    return FAILED if code == AGAIN and load_acquire(state[ABORT]) != 0 else code
+
+
+@njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
+def await_all(state: Any, fingerprint: int, sleeps: int) -> int:
+    """Wait until every rank has posted this round, with this fingerprint; `AGAIN` after so many sleeps."""
+    rank, number = state[RANK], state[ROUND]
+    for other in range(state[RANKS]):
         if other != rank:
             word = state[CONTROL] + other * STRIDE
-            code = await_word(word, number, word + 8 * SLEEPERS, state[ABORT], state[SPINS], state[FUTEX], state[NAP])
+            sleepers, abort = word + 8 * SLEEPERS, state[ABORT]
+            code = await_word(word, number, sleepers, abort, state[SPINS], state[FUTEX], state[NAP], sleeps)
+            if code == AGAIN:
+                return look(state, fingerprint)
             if code != DONE:
                 return code
             if load_acquire(word + 8 * (FINGERPRINT + (number & 1))) != fingerprint:
@@ -65,15 +84,6 @@ def post(state: Any, fingerprint: int) -> None:
     word = state[CONTROL] + state[RANK] * STRIDE
     store_release(word + 8 * (FINGERPRINT + (number & 1)), fingerprint)
     publish(word, number, word + 8 * SLEEPERS, state[FUTEX])
-
-
-@njit("boolean(int64[::1])", cache=True, nogil=True)
-def all_posted(state: Any) -> bool:
-    """Whether a wait for this round would return at once."""
-    for other in range(state[RANKS]):  # noqa: SIM110  all() of a generator does not compile
-        if load_acquire(state[CONTROL] + other * STRIDE) < state[ROUND]:
-            return False
-    return True
 
 
 @njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
@@ -103,10 +113,60 @@ def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -
     for i in range(n):
         mine[i] = source[i]
     post(state, fingerprint)
-    code = await_all(state, fingerprint)
+    code = await_all(state, fingerprint, SLEEPS)
     if code == DONE:
         sum_float32(state, out, n)
     return code
+
+
+@njit("int64(int64, int64, int64)", cache=True)
+def _edge(n: int, rank: int, ranks: int) -> int:
+    """Where a rank's share of n elements begins: at a whole cache line."""
+    return n if rank == ranks else n * rank // ranks // LINE * LINE
+
+
+@njit("void(int64[::1], int64, int64, int64)", cache=True, nogil=True)
+def share_float32(state: Any, fingerprint: int, x: int, n: int) -> None:
+    """Begin an exchange of n elements that fit a slot: what the others sum lies in this rank's slot, and is posted."""
+    state[EXCHANGE] += 1
+    source, mine = carray(_floats(x), (n,)), carray(_floats(_slot(state, state[RANK], state[EXCHANGE])), (n,))
+    low, high = _edge(n, state[RANK], state[RANKS]), _edge(n, state[RANK] + 1, state[RANKS])
+    mine[:low] = source[:low]
+    mine[high:] = source[high:]
+    post(state, fingerprint)
+
+
+@njit("void(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+def sum_share_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> None:
+    """Sum this rank's share of all slots, and of x in place of its own, in rank order, into its slot and `out`; post.
+
+    By blocks that stay in the first cache. `out` may be `x`: it is written when a block's sum is complete.
+    """
+    rank, exchange = state[RANK], state[EXCHANGE]
+    mine, total = carray(_floats(_slot(state, rank, exchange)), (n,)), carray(_floats(out), (n,))
+    low, high = _edge(n, rank, state[RANKS]), _edge(n, rank + 1, state[RANKS])
+    first = carray(_floats(x if rank == 0 else _slot(state, 0, exchange)), (n,))
+    second = carray(_floats(x if rank == 1 else _slot(state, 1, exchange)), (n,))
+    for start in range(low, high, BLOCK):
+        stop = min(start + BLOCK, high)
+        for i in range(start, stop):
+            mine[i] = first[i] + second[i]
+        for other in range(2, state[RANKS]):
+            part = carray(_floats(x if rank == other else _slot(state, other, exchange)), (n,))
+            for i in range(start, stop):
+                mine[i] += part[i]
+        total[start:stop] = mine[start:stop]
+    post(state, fingerprint)
+
+
+@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
+def collect_float32(state: Any, out: int, n: int) -> None:
+    """Copy the shares that the other ranks summed out of their slots."""
+    total = carray(_floats(out), (n,))
+    for other in range(state[RANKS]):
+        if other != state[RANK]:
+            low, high = _edge(n, other, state[RANKS]), _edge(n, other + 1, state[RANKS])
+            total[low:high] = carray(_floats(_slot(state, other, state[EXCHANGE])), (n,))[low:high]
 
 
 @njit("int64(int64[::1])", nogil=True)
@@ -131,10 +191,10 @@ def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience
     """
     start = _now(state)
     post(state, fingerprint)
-    code = await_all(state, fingerprint)
+    code = await_all(state, fingerprint, SLEEPS)
     while code == AGAIN and patience > 0:
         patience -= 1
-        code = await_all(state, fingerprint)
+        code = await_all(state, fingerprint, SLEEPS)
     state[WAITED] += _now(state) - start
     if code != DONE:
         return code

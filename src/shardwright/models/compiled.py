@@ -39,8 +39,10 @@ class CompiledStep:
         rank = model.group.rank
         self._group = model.group if isinstance(model.group, SharedMemoryGroup) else alone()
         head = model.embedding if model.head is None else model.head
-        self._dims = np.zeros(9, np.int64)
-        self._dims[:] = (
+        kv_index = model.cuts.heads.kv_index(rank)
+        self._dims = np.zeros(decode.KV_INDEX + len(kv_index), np.int64)
+        self._dims[decode.KV_INDEX :] = kv_index
+        self._dims[: decode.KV_INDEX] = (
             model.config.layers,
             model.config.hidden,
             model.cuts.heads.query.widths[rank],
@@ -51,7 +53,6 @@ class CompiledStep:
             kv[0].k.shape[1],
             head.weight.dtype == torch.bfloat16,
         )
-        self._kv_index = np.array(model.cuts.heads.kv_index(rank), np.int64)
         self._plan = np.zeros((model.config.layers + 1, decode.FIELDS), np.int64)
         for row, layer in zip(self._plan, model.layers, strict=False):
             self._describe(row, layer)
@@ -75,7 +76,6 @@ class CompiledStep:
             x.numpy(),
             angles,
             self._places(batch),
-            self._kv_index,
             room,
             logits,
         )

@@ -13,8 +13,9 @@ from numba.extending import intrinsic
 from shardwright.comm.rounds import DONE, begin, finish_adding_float32
 from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF = range(9)
-"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16."""
+LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF, KV_INDEX = range(10)
+"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 · and from
+there on, for each query head, the KV head it reads."""
 
 NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
 MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
@@ -23,7 +24,7 @@ all-reduces. The row behind the last layer holds the final norm under NORM and t
 
 SIGNATURE = (
     "int64(int64[::1], int64[:, ::1], int64[::1], float64, float32[:, ::1], float32[:, :, ::1], int64[:, ::1], "
-    "int64[::1], float32[::1], float32[:, ::1])"
+    "float32[::1], float32[:, ::1])"
 )
 """Given beforehand, so that importing this file compiles the step, or loads it, and no rank ever does."""
 
@@ -68,9 +69,7 @@ def _normed(address: int, eps: float, x: Any, y: Any) -> None:
 
 
 @njit(nogil=True)
-def _heads(
-    row: Any, dims: Any, eps: float, angles: Any, places: Any, kv_index: Any, qkv: Any, scores: Any, y: Any
-) -> None:
+def _heads(row: Any, dims: Any, eps: float, angles: Any, places: Any, qkv: Any, scores: Any, y: Any) -> None:
     """One sequence's token: norms and turns q and k, stores k and v, attends. `places`: held, slot, then its pages."""
     n, k, size, page = dims[HEADS], dims[KV_HEADS], dims[SIZE], dims[PAGE]
     heads, held, slot, table = qkv.reshape((n + 2 * k, size)), places[0], places[1], places[2:]
@@ -83,7 +82,7 @@ def _heads(
     values = carray(_float32_at(row[VALUES]), (pages, page, k, size))
     keys[slot // page, slot % page] = heads[n : n + k]
     values[slot // page, slot % page] = heads[n + k :]
-    attend(heads[:n], keys, values, table, held, kv_index, scores, y.reshape((n, size)))
+    attend(heads[:n], keys, values, table, held, dims[KV_INDEX:], scores, y.reshape((n, size)))
 
 
 @njit(nogil=True)
@@ -105,14 +104,13 @@ def decode_step(
     x: Any,
     angles: Any,
     places: Any,
-    kv_index: Any,
     room: Any,
     logits: Any,
 ) -> int:
     """Advance B sequences by one token: `x [B, H]` embedded → `logits [B, V_r]`; `x` is used up.
 
     state: the group's (see `comm.rounds`) · angles `[B, 2, D/2]` cos and sin · places `[B, 2 + pages]` tokens held with
-    this one, its slot, the sequence's pages · kv_index `[N_r]` · room: float32 to work in, see `room_needed`. Gives
+    this one, its slot, the sequence's pages · room: float32 to work in, see `room_needed`. Gives
     `DONE`, or a wait's code where a rank is missing or differs.
     """
     b, n, size, f = len(x), dims[HEADS], dims[SIZE], dims[FEED_FORWARD]
@@ -128,7 +126,7 @@ def decode_step(
         _project(dims, row[QKV], normed, qkv)
         _with_bias(row[QKV_BIAS], qkv)
         for s in range(b):
-            _heads(row, dims, eps, angles[s], places[s], kv_index, qkv[s], scores, seen[s])
+            _heads(row, dims, eps, angles[s], places[s], qkv[s], scores, seen[s])
         code = _add_reduced(state, row[ATTENTION_CALL], row[OUT], row[OUT_BIAS], dims, seen, x)
         if code != DONE:
             return code
