@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint types install structure clean
+.PHONY: demo test test-long lint types install bench-peers clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/shardwright generate --tp 2 "What is the capital of France?"
@@ -23,8 +23,16 @@ types: $(VENV)/test.done
 
 install: $(VENV)/demo.done
 
+# What the benchmarks compare with, in an environment of its own.
+bench-peers: .venv-peers/done
+
+.venv-peers/done: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate gguf numba
+	touch $@
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shardwright needs Python 3.11 or newer; try make PYTHON=python3.12")'

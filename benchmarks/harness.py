@@ -22,7 +22,7 @@ PEERS = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 
 @dataclass
 class Case:
-    """One measured case. values: medians by side (`ours`, a peer, `limit`) · ratios: ours over each, larger is better."""
+    """One measured case. values: medians by side (`ours`, a peer, `limit`) · ratios: ours to each, larger is better."""
 
     case: str
     unit: str

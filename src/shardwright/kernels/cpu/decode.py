@@ -14,8 +14,8 @@ from shardwright.comm.rounds import DONE, begin, finish_adding_float32
 from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF, KV_INDEX = range(10)
-"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 · and from
-there on, for each query head, the KV head it reads."""
+"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 · then, for
+each query head, the KV head it reads."""
 
 NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
 MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
