@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,17 +35,22 @@ def embedded() -> Path:
 
 
 @pytest.fixture(scope="session")
-def continuations(embedded: Path) -> list[Continuation]:
-    """transformers, loading the same file with its own dequantisation, in float32, one prompt at a time."""
+def oracle(embedded: Path) -> Any:
+    """transformers, loading the same file with its own dequantisation, in float32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(embedded.parent, gguf_file=embedded.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(embedded.parent, gguf_file=embedded.name, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def continuations(embedded: Path, oracle: Any) -> list[Continuation]:
+    """The oracle's greedy continuations, one prompt at a time."""
     source = ModelSource.open(embedded)
     found = []
     for text in PROMPTS:
         prompt = source.encode(text, raw=False)
         with torch.inference_mode():
-            run = model.generate(
+            run = oracle.generate(
                 torch.tensor([prompt]),
                 do_sample=False,
                 max_new_tokens=TOKENS,

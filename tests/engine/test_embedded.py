@@ -4,9 +4,11 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.conftest import Continuation
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shardwright.comm.group import Group
 from shardwright.comm.recording import RecordingGroup
@@ -97,3 +99,20 @@ def test_each_rank_reads_and_holds_its_own_bytes(tp: int, embedded: Path) -> Non
     held = 538_060_032  # the same tensors in float32
     for weights, read, _ in everyone:
         assert read <= 1.05 * whole * weights / held + 4096
+
+
+def test_the_same_model_as_a_hugging_face_directory(
+    embedded: Path, oracle: Any, continuations: list[Continuation], tmp_path: Path
+) -> None:
+    """Written by transformers as one safetensors file, with a tokenizer: other names and another order of rows."""
+    config = {key: value for key, value in oracle.config.to_dict().items() if key != "quantization_config"}
+    plain = LlamaForCausalLM(LlamaConfig(**config))
+    plain.load_state_dict(oracle.state_dict())
+    plain.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(embedded.parent, gguf_file=embedded.name).save_pretrained(tmp_path)
+    with LLM(tmp_path, tp=2) as llm:
+        given = llm.generate([c.prompt for c in continuations], SamplingParams(max_tokens=24))
+        assert llm.generate("What is the capital of France?")[0].text == "The capital of France is Paris."
+        assert sum(rank.bytes_read for rank in llm.report.ranks) < 1.02 * sum(r.weight_bytes for r in llm.report.ranks)
+    for completion, expected in zip(given, continuations, strict=True):
+        agree(completion.token_ids, expected)

@@ -1,15 +1,18 @@
 """One token on all ranks, whatever the split; draws that follow the softmax."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shardwright.comm.group import Group
 from shardwright.comm.recording import RecordingGroup
 from shardwright.comm.single import SingleGroup
 from shardwright.comm.thread import ThreadGroup
 from shardwright.engine.request import Request, SamplingParams, Sequence
-from shardwright.engine.sampler import sample
+from shardwright.engine.sampler import kept_words, sample
 from shardwright.layout.partition import Partition
 
 
@@ -63,3 +66,38 @@ def test_the_position_changes_the_draw() -> None:
     cut = Partition.balanced(1000, 1)
     tokens = {on(SingleGroup(), logits, [sequence(1.0, 1, generated)], cut)[0] for generated in range(20)}
     assert len(tokens) > 15
+
+
+FILTERS = [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1}, {"top_p": 1e-9}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_keep_what_transformers_keeps(filters: dict[str, Any]) -> None:
+    """Its own processors, in its own order, over rows without equal values (of which it keeps all at a limit)."""
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    scores = (torch.arange(40.0, dtype=torch.float64) * 1.7).sin().view(1, 40) * 3
+    expected = scores.clone()
+    for name, value in filters.items():
+        expected = warpers[name](value)(None, expected)
+    kept = kept_words(scores[0], SamplingParams(temperature=1.0, **filters))
+    assert kept.tolist() == expected[0].isfinite().tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_filtered_draws_are_the_same_at_every_split(ranks: int) -> None:
+    """One gather for the rows that filter, then the usual exchange; draws stay among the kept words."""
+    logits = torch.arange(66.0).sin().view(3, 22) * 4
+    params = [SamplingParams(temperature=1.5, top_k=4, seed=s) for s in range(2)] + [SamplingParams()]
+    sequences = [Sequence(Request(number=0, tokens=(1,), params=p), [1]) for p in params]
+    whole = on(SingleGroup(), logits, sequences, Partition.balanced(22, 1))
+    assert all(token in row.topk(4).indices for token, row in zip(whole[:2], logits, strict=False))
+    cut = Partition.balanced(22, ranks)
+    recorders: list[RecordingGroup] = []
+
+    def drawn(group: Group) -> list[int]:
+        recorder = RecordingGroup(group)
+        recorders.append(recorder)
+        return on(recorder, logits, sequences, cut)
+
+    assert ThreadGroup.run(ranks, drawn) == [whole] * ranks
+    assert [call.tag for call in recorders[0].calls] == ["logits", "token"]

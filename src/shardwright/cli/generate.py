@@ -5,12 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardwright.cli.options import with_options
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,22 +22,31 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16")
 
 
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The command line of `generate`."""
+
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")]
     model: Annotated[
-        Path | None, typer.Option(help="A Hugging Face directory or a GGUF file.  [default: the embedded SmolLM2-135M]")
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Ranks to split the model over; any number.")] = 1,
+        Path | None, typer.Option(help="A Hugging Face directory or a GGUF file. By default the embedded SmolLM2-135M.")
+    ] = None
+    tp: Annotated[int, typer.Option(help="Ranks to split the model over; any number.")] = 1
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 or bfloat16.  [default: float32 for GGUF, the file's own for safetensors]"),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False,
-) -> None:
+        typer.Option(help="float32 or bfloat16. By default float32 for GGUF, the file's own for safetensors."),
+    ] = None
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0
+    top_k: Annotated[int, typer.Option(help="Draw among that many likeliest tokens; 0 for all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that reach this probability.")] = 1.0
+    min_p: Annotated[float, typer.Option(help="Draw among those this fraction as likely as the likeliest.")] = 0.0
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the text as it stands.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False
+
+
+@with_options(GenerateOptions)
+def generate(options: GenerateOptions) -> None:
     """Continue a prompt; the text streams to stdout, one line of figures to stderr.
 
     Example:  shardwright generate --tp 2 "What is the capital of France?"
@@ -46,17 +56,17 @@ def generate(
     from shardwright.engine.source import ModelSource
     from shardwright.models.embedded import embedded_model
 
-    check_ranks(tp)
-    if dtype not in (None, *DTYPES):
-        raise UsageError("dtype", dtype, "there is no such weight type", f"use {' or '.join(DTYPES)}")
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    source = ModelSource.open(model or embedded_model())
-    tokens = tuple(source.encode(prompt, raw=raw))
+    check_ranks(options.tp)
+    if options.dtype not in (None, *DTYPES):
+        raise UsageError("dtype", options.dtype, "there is no such weight type", f"use {' or '.join(DTYPES)}")
+    params = SamplingParams(**{field.name: getattr(options, field.name) for field in fields(SamplingParams)})
+    source = ModelSource.open(options.model or embedded_model())
+    tokens = tuple(source.encode(options.prompt, raw=options.raw))
     request = Request(number=0, tokens=tokens, params=params, stop=tuple(sorted(source.tokenizer.stop_ids)))
-    with _session(source.path, dtype, tp) as session:
-        generated = _streamed(session, request, source.tokenizer, quiet=as_json)
+    with _session(source.path, options.dtype, options.tp) as session:
+        generated = _streamed(session, request, source.tokenizer, quiet=options.as_json)
     report = session.report
-    if as_json:
+    if options.as_json:
         text = source.tokenizer.decode(generated)
         figures = {"text": text, "token_ids": generated, "prompt_token_ids": list(tokens), **asdict(report)}
         print(json.dumps(figures, ensure_ascii=False))

@@ -1,82 +1,117 @@
 """Sends and receives between two ranks that share memory: one box for each ordered pair, a chunk at a time.
 
-A letter advances whenever its owner waits for anything, so that a large send does not block the receive behind it.
+A letter advances whenever its owner waits for anything, so that a large send does not block the receive behind it; and
+all else that the owner has under way advances while it waits for a letter.
 """
 
 from collections import deque
 from hashlib import blake2b
-from typing import final
+from typing import Protocol, final
+from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from shardwright.comm.atomics import read_word, write_word
 from shardwright.comm.group import Call, Handle
-from shardwright.comm.segment import MAILBOX, Segment
-from shardwright.comm.watch import AbortWord, poll
+from shardwright.comm.segment import (
+    LETTER_NAME,
+    LETTER_READ,
+    LETTER_WRITTEN,
+    MAILBOX,
+    PID,
+    Segment,
+    bytes_of,
+    put_text,
+    text_of,
+)
+from shardwright.comm.watch import AbortWord, Patience, poll
 from shardwright.errors import CommError
 
-WRITTEN, READ, NAME = 0, 8, 16
-"""Where a box keeps its counters, chunks written and chunks read, and the fingerprint of the letter in it."""
+
+class Advancing(Protocol):
+    """What has something under way."""
+
+    def advance(self) -> object:
+        """Go as far as goes without waiting."""
 
 
 @final
 class _Letter(Handle):
     """One tensor on its way out of this rank or into it; `move` advances it by a chunk, if the box allows."""
 
-    def __init__(self, call: Call, x: Tensor, box: tuple[int, Tensor], mail: "Mailboxes", *, outgoing: bool) -> None:
+    def __init__(self, call: Call, x: Tensor, pair: tuple[int, int], mail: "Mailboxes", timeout_s: float) -> None:
         super().__init__(call)
-        self._x, self._mail, self._outgoing = x, mail, outgoing
-        self._address, self._room = box
-        self._bytes = x.contiguous().view(-1).view(torch.uint8)
+        self._x, self._mail, self._timeout_s = x, mail, timeout_s
+        self._outgoing = call.op == "send"
+        self._peer = pair[self._outgoing]
+        self._address, self._text, self._room = mail.segment.mailbox(*pair)
+        self._bytes = bytes_of(x.contiguous())
         self._moved = 0
         self.ended = False
 
     def done(self) -> bool:
-        """Whether all of it has moved."""
-        self._mail.progress()
-        return self.ended
+        """Whether all of it has moved, or never will."""
+        self._mail.advance_all()
+        return self.ended or self._mail.abort.failed() is not None
 
     def move(self) -> bool:
         """Write or read the next chunk; whether that was possible."""
-        written, read = read_word(self._address + WRITTEN), read_word(self._address + READ)
+        written, read = read_word(self._address + LETTER_WRITTEN), read_word(self._address + LETTER_READ)
         if (written == read) != self._outgoing:
             return False
         chunk = self._bytes[self._moved : self._moved + MAILBOX]
         room = self._room[: chunk.numel()]
         if self._outgoing:
             room.copy_(chunk)
-            write_word(self._address + NAME, _name(self.call))
-            write_word(self._address + WRITTEN, written + 1)
+            if not self._moved:
+                put_text(self._text, str(self.call))
+                write_word(self._address + LETTER_NAME, _name(self.call))
+            write_word(self._address + LETTER_WRITTEN, written + 1)
         else:
-            if read_word(self._address + NAME) != _name(self.call):
-                raise CommError(f"another tensor came where {self.call} waits; both sides name the same one")
+            if read_word(self._address + LETTER_NAME) != _name(self.call):
+                called = f"rank {self._peer} called {text_of(self._text)}"
+                raise CommError(f"{called} where {self.call} waits; both sides name the same tensor")
             chunk.copy_(room)
-            write_word(self._address + READ, read + 1)
+            write_word(self._address + LETTER_READ, read + 1)
         self._moved += MAILBOX
         self.ended = self._moved >= self._bytes.numel()
         return True
 
     def _finish(self) -> Tensor:
-        poll(self.done, self._mail.abort, self.call)
+        patience, pids = Patience(self._timeout_s), self._mail.segment
+
+        def arrived() -> bool:
+            if not self.done():
+                patience.check({self._peer: int(pids.words(self._peer)[PID])}, self.call)
+            return self.ended
+
+        poll(arrived, self._mail.abort, self.call)
         return self._x
 
 
 @final
 class Mailboxes:
-    """All letters of one rank that have not arrived yet, in the order they were given, a queue for each box."""
+    """All letters of one rank that have not arrived yet, in the order they were given, a queue for each box.
 
-    def __init__(self, segment: Segment, rank: int, abort: AbortWord) -> None:
-        self.segment, self.rank, self.abort = segment, rank, abort
+    kin: the groups, this one among them, that advance while this rank waits for a letter.
+    """
+
+    def __init__(self, segment: Segment, rank: int, abort: AbortWord, kin: "WeakSet[Advancing]") -> None:
+        self.segment, self.rank, self.abort, self._kin = segment, rank, abort, kin
         self._queues: dict[tuple[int, int], deque[_Letter]] = {}
 
-    def send(self, x: Tensor, destination: int, call: Call) -> Handle:
+    def send(self, x: Tensor, destination: int, call: Call, timeout_s: float) -> Handle:
         """Hand over `x`; what fits the box is on its way at once."""
-        return self._queued(x, (self.rank, destination), call, outgoing=True)
+        return self._queued(x, (self.rank, destination), call, timeout_s)
 
-    def recv(self, x: Tensor, source: int, call: Call) -> Handle:
+    def recv(self, x: Tensor, source: int, call: Call, timeout_s: float) -> Handle:
         """Fill `x`, which is contiguous."""
-        return self._queued(x, (source, self.rank), call, outgoing=False)
+        return self._queued(x, (source, self.rank), call, timeout_s)
+
+    def advance_all(self) -> None:
+        """Advance all that this rank has under way, here and in the groups akin."""
+        for group in tuple(self._kin):
+            group.advance()
 
     def progress(self) -> None:
         """Move whatever can be moved."""
@@ -85,8 +120,8 @@ class Mailboxes:
                 if queue[0].ended:
                     queue.popleft()
 
-    def _queued(self, x: Tensor, pair: tuple[int, int], call: Call, *, outgoing: bool) -> Handle:
-        letter = _Letter(call, x, self.segment.mailbox(*pair), self, outgoing=outgoing)
+    def _queued(self, x: Tensor, pair: tuple[int, int], call: Call, timeout_s: float) -> Handle:
+        letter = _Letter(call, x, pair, self, timeout_s)
         self._queues.setdefault(pair, deque()).append(letter)
         self.progress()
         return letter

@@ -91,27 +91,44 @@ def _slot(state: Any, rank: int, exchange: int) -> int:
     return state[SLOTS] + (2 * rank + (exchange & 1)) * SLOT
 
 
+@njit("void(int64, int64, int64)", cache=True, nogil=True)
+def _copy(target: int, source: int, n: int) -> None:
+    """Floats from one address to another."""
+    to, what = carray(_floats(target), (n,)), carray(_floats(source), (n,))
+    for i in range(n):
+        to[i] = what[i]
+
+
+@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+def _add(total: int, a: int, b: int, n: int) -> None:
+    """`total` = a + b, floats at three addresses."""
+    to, first, second = carray(_floats(total), (n,)), carray(_floats(a), (n,)), carray(_floats(b), (n,))
+    for i in range(n):
+        to[i] = first[i] + second[i]
+
+
+@njit("void(int64, int64, int64)", cache=True, nogil=True)
+def _add_to(total: int, part: int, n: int) -> None:
+    """`total` += part."""
+    to, what = carray(_floats(total), (n,)), carray(_floats(part), (n,))
+    for i in range(n):
+        to[i] += what[i]
+
+
 @njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
 def sum_float32(state: Any, out: int, n: int) -> None:
-    """`out` = the sum of all slots of this exchange, in rank order."""
-    total = carray(_floats(out), (n,))
-    first = carray(_floats(_slot(state, 0, state[EXCHANGE])), (n,))
-    second = carray(_floats(_slot(state, 1, state[EXCHANGE])), (n,))
-    for i in range(n):
-        total[i] = first[i] + second[i]
+    """`out` = the sum of all slots of this exchange, two or more, in rank order."""
+    exchange = state[EXCHANGE]
+    _add(out, _slot(state, 0, exchange), _slot(state, 1, exchange), n)
     for rank in range(2, state[RANKS]):
-        part = carray(_floats(_slot(state, rank, state[EXCHANGE])), (n,))
-        for i in range(n):
-            total[i] += part[i]
+        _add_to(out, _slot(state, rank, exchange), n)
 
 
 @njit("int64(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
 def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> int:
     """Copy x into the slot, post, wait, sum: n elements that fit a slot. Unless `DONE`, the sum is still to be made."""
     state[EXCHANGE] += 1
-    source, mine = carray(_floats(x), (n,)), carray(_floats(_slot(state, state[RANK], state[EXCHANGE])), (n,))
-    for i in range(n):
-        mine[i] = source[i]
+    _copy(_slot(state, state[RANK], state[EXCHANGE]), x, n)
     post(state, fingerprint)
     code = await_all(state, fingerprint, SLEEPS)
     if code == DONE:
@@ -129,10 +146,10 @@ def _edge(n: int, rank: int, ranks: int) -> int:
 def share_float32(state: Any, fingerprint: int, x: int, n: int) -> None:
     """Begin an exchange of n elements that fit a slot: what the others sum lies in this rank's slot, and is posted."""
     state[EXCHANGE] += 1
-    source, mine = carray(_floats(x), (n,)), carray(_floats(_slot(state, state[RANK], state[EXCHANGE])), (n,))
-    low, high = _edge(n, state[RANK], state[RANKS]), _edge(n, state[RANK] + 1, state[RANKS])
-    mine[:low] = source[:low]
-    mine[high:] = source[high:]
+    rank, ranks, mine = state[RANK], state[RANKS], _slot(state, state[RANK], state[EXCHANGE])
+    low, high = _edge(n, rank, ranks), _edge(n, rank + 1, ranks)
+    _copy(mine, x, low)
+    _copy(mine + 4 * high, x + 4 * high, n - high)
     post(state, fingerprint)
 
 
@@ -142,31 +159,28 @@ def sum_share_float32(state: Any, fingerprint: int, x: int, out: int, n: int) ->
 
     By blocks that stay in the first cache. `out` may be `x`: it is written when a block's sum is complete.
     """
-    rank, exchange = state[RANK], state[EXCHANGE]
-    mine, total = carray(_floats(_slot(state, rank, exchange)), (n,)), carray(_floats(out), (n,))
-    low, high = _edge(n, rank, state[RANKS]), _edge(n, rank + 1, state[RANKS])
-    first = carray(_floats(x if rank == 0 else _slot(state, 0, exchange)), (n,))
-    second = carray(_floats(x if rank == 1 else _slot(state, 1, exchange)), (n,))
+    rank, ranks, exchange = state[RANK], state[RANKS], state[EXCHANGE]
+    mine, low, high = _slot(state, rank, exchange), _edge(n, rank, ranks), _edge(n, rank + 1, ranks)
+    first = x if rank == 0 else _slot(state, 0, exchange)
+    second = x if rank == 1 else _slot(state, 1, exchange)
     for start in range(low, high, BLOCK):
-        stop = min(start + BLOCK, high)
-        for i in range(start, stop):
-            mine[i] = first[i] + second[i]
-        for other in range(2, state[RANKS]):
-            part = carray(_floats(x if rank == other else _slot(state, other, exchange)), (n,))
-            for i in range(start, stop):
-                mine[i] += part[i]
-        total[start:stop] = mine[start:stop]
+        width, at = min(BLOCK, high - start), 4 * start
+        _add(mine + at, first + at, second + at, width)
+        for other in range(2, ranks):
+            part = x if rank == other else _slot(state, other, exchange)
+            _add_to(mine + at, part + at, width)
+        _copy(out + at, mine + at, width)
     post(state, fingerprint)
 
 
 @njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
 def collect_float32(state: Any, out: int, n: int) -> None:
     """Copy the shares that the other ranks summed out of their slots."""
-    total = carray(_floats(out), (n,))
-    for other in range(state[RANKS]):
+    ranks = state[RANKS]
+    for other in range(ranks):
         if other != state[RANK]:
-            low, high = _edge(n, other, state[RANKS]), _edge(n, other + 1, state[RANKS])
-            total[low:high] = carray(_floats(_slot(state, other, state[EXCHANGE])), (n,))[low:high]
+            low, high = 4 * _edge(n, other, ranks), 4 * _edge(n, other + 1, ranks)
+            _copy(out + low, _slot(state, other, state[EXCHANGE]) + low, (high - low) // 4)
 
 
 @njit("int64(int64[::1])", nogil=True)

@@ -32,6 +32,10 @@ SLOT = 1 << 19
 MAILBOX = 1 << 16
 """Bytes that travel from one rank to another at a time, behind a control line of their own."""
 
+LETTER_WRITTEN, LETTER_READ, LETTER_NAME, LETTER_TEXT = 0, 8, 16, 24
+"""Where a mailbox's control line keeps the counts of chunks written and read, and of the letter in it the fingerprint,
+and in what is left of the line, in words, what was called."""
+
 NAP_NS = 1_000_000
 
 
@@ -77,6 +81,10 @@ class Segment:
         start = (mmap.PAGESIZE + rank * STRIDE) // 8
         return self._words[start : start + STRIDE // 8]
 
+    def word(self, rank: int, which: int) -> int:
+        """Address of one of a rank's control words."""
+        return self.control + rank * STRIDE + 8 * which
+
     def text(self, rank: int) -> NDArray[np.uint8]:
         """Where a rank says what it called."""
         start = self._texts + rank * TEXT
@@ -87,10 +95,27 @@ class Segment:
         start = self._slots + (2 * rank + buffer) * SLOT
         return self._tensor[start : start + SLOT]
 
-    def mailbox(self, source: int, destination: int) -> tuple[int, Tensor]:
-        """Address of a pair's two counters (chunks written, chunks read), and the bytes behind them."""
+    def mailbox(self, source: int, destination: int) -> tuple[int, NDArray[np.uint8], Tensor]:
+        """Address of a pair's control line, the text in it, and the bytes behind it."""
         start = self._mail + (source * self.ranks + destination) * (MAILBOX + STRIDE)
-        return self.address + start, self._tensor[start + STRIDE : start + STRIDE + MAILBOX]
+        room = start + STRIDE
+        return self.address + start, self._bytes[start + LETTER_TEXT : room], self._tensor[room : room + MAILBOX]
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, also of one that has a single element and some stride."""
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
+
+
+def put_text(place: NDArray[np.uint8], text: str) -> None:
+    """Say it there, or as much as there is room for."""
+    said = text.encode()[: len(place)].ljust(len(place), b"\0")
+    place[:] = np.frombuffer(said, np.uint8)
+
+
+def text_of(place: NDArray[np.uint8]) -> str:
+    """What `put_text` said there."""
+    return place.tobytes().rstrip(b"\0").decode(errors="replace")
 
 
 def _check_available(size: int) -> None:

@@ -1,18 +1,15 @@
 """`SharedMemoryGroup`: CPU ranks of one host, over memory they share.
 
-A collective is a generator that yields wherever all ranks must have posted a round. Waits drive it; several under way
-finish in the order they were issued, on every rank. Two slots a rank take turns, so no round is needed to free one:
-who writes to a slot again has seen all ranks post a round after their last look at it.
+Decides who waits for what: waits drive the generators of `comm.exchanges`; several under way finish in the order they
+were issued, on every rank; a wait in one group also advances those split from it or with it, and letters.
 """
 
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
-from functools import lru_cache
-from hashlib import blake2b
-from math import prod
+from collections.abc import Sequence
 from typing import final
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,21 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shardwright.comm import rounds
-from shardwright.comm.atomics import FUTEX
-from shardwright.comm.group import Call, Group, Handle, put, sum_in_rank_order
-from shardwright.comm.mailbox import Mailboxes
-from shardwright.comm.segment import PID, POSTED, SLOT, TEXT, TOLD, Segment
+from shardwright.comm.atomics import FUTEX, SLEEPS, read_word, write_word
+from shardwright.comm.exchanges import Exchanges, Rounds, fingerprint_of, is_plain
+from shardwright.comm.group import Call, Done, Group, Handle, put
+from shardwright.comm.mailbox import Advancing, Mailboxes
+from shardwright.comm.segment import PID, POSTED, TOLD, Segment, put_text, text_of
 from shardwright.comm.watch import AbortWord, Patience
 from shardwright.errors import CommError
-from shardwright.layout.partition import Partition
 
-ONE_SHOT = 1 << 17
-"""Bytes up to which every rank sums all of an all-reduce; above, each sums its share and the others copy it."""
+LIVELY = 100
+"""Turns of a wait in which other things are under way before it sleeps between them: some 20 ms."""
 
 SPINS, SPINS_CROWDED = 20_000, 50
 """Looks at a word before yielding: some 20 µs where every rank has a core, next to nothing where they share."""
-
-Rounds = Generator[None, None, Tensor]
 
 
 class _Exchange(Handle):
@@ -42,18 +37,19 @@ class _Exchange(Handle):
 
     def __init__(self, call: Call, group: "SharedMemoryGroup", steps: Rounds) -> None:
         super().__init__(call)
-        self.steps, self.group = steps, group
+        self.steps, self.group, self.fingerprint = steps, group, fingerprint_of(call)
         self.result: Tensor | None = None
 
     def done(self) -> bool:
-        """Whether it has finished, having gone as far as it can without waiting."""
-        self.group.drive(until=self, wait=False)
-        return self.result is not None
+        """Whether it has finished, or never will, having gone as far as goes without waiting."""
+        self.group.mail.advance_all()
+        code = self.group.advance()
+        return self.result is not None or code not in (rounds.DONE, rounds.AGAIN)
 
     def _finish(self) -> Tensor:
-        self.group.drive(until=self, wait=True)
+        self.group.drive(until=self)
         if self.result is None:
-            raise CommError(f"{self.call} was dropped as an earlier collective failed; end this rank")
+            raise self.group.refused(self.call)
         return self.result
 
 
@@ -65,14 +61,23 @@ class SharedMemoryGroup(Group):
     """
 
     def __init__(
-        self, segment: Segment, rank: int, abort: AbortWord, *, timeout_s: float = 30.0, parent: Group | None = None
+        self,
+        segment: Segment,
+        rank: int,
+        abort: AbortWord,
+        *,
+        timeout_s: float = 30.0,
+        parent: "SharedMemoryGroup | None" = None,
     ) -> None:
         super().__init__(rank, segment.ranks, parent)
         self.segment, self.abort, self.timeout_s = segment, abort, timeout_s
-        self.mail = Mailboxes(segment, rank, abort)
+        self.kin: WeakSet[Advancing] = parent.kin if parent else WeakSet()
+        self.kin.add(self)
+        self.mail = Mailboxes(segment, rank, abort, self.kin)
         self._queue: deque[_Exchange] = deque()
+        self._stuck: Call | None = None
         self._known: dict[tuple[str, torch.Size], int] = {}
-        crowded = segment.ranks > (os.cpu_count() or 1)
+        crowded = segment.ranks > len(os.sched_getaffinity(0))
         self.state: NDArray[np.int64] = rounds.new_state()
         self.state[: rounds.ROUND] = (
             rank,
@@ -80,15 +85,16 @@ class SharedMemoryGroup(Group):
             segment.control,
             segment.slots,
             abort.address,
-            SPINS_CROWDED if crowded else SPINS,
+            parent.state[rounds.SPINS] if parent else SPINS_CROWDED if crowded else SPINS,
             FUTEX[os.uname().machine],
             segment.nap,
         )
+        self._exchanges = Exchanges(segment, rank, self.state)
         segment.words(rank)[PID] = os.getpid()
 
     def split(self, ranks: Sequence[int]) -> "SharedMemoryGroup":
         """The group of those ranks, over a segment of its own that the lowest of them makes."""
-        members = self.check_members(ranks)
+        members = self.agree_on_members(ranks)
         mine = Segment(len(members)) if self.rank == members[0] else None
         offer = torch.tensor([[os.getpid(), mine.fd if mine else -1]])
         offers = self.all_gather(offer, 0, [1] * self.size, tag="split")
@@ -96,243 +102,150 @@ class SharedMemoryGroup(Group):
         segment = mine or Segment(len(members), os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
         child = SharedMemoryGroup(segment, members.index(self.rank), self.abort, timeout_s=self.timeout_s, parent=self)
         self.barrier(tag="split")
+        os.close(segment.fd)  # all have opened it, and the memory lives as long as one of them holds it
         return child
 
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None, tag: str = "") -> Tensor:
         """The sum of every rank's `x`, on every rank; small float32 tensors take one compiled call."""
         y = torch.empty_like(x) if out is None else out
-        if self._queue or not _is_small(x) or not _is_small(y) or y.shape != x.shape:
+        small = x.nbytes <= self._exchanges.one_shot and is_plain(x) and is_plain(y) and y.shape == x.shape
+        if not small or self._ledger.open or self._queue or self._stuck or self.size == 1:
             return super().all_reduce(x, out=out, tag=tag)
         start = time.perf_counter()
         key = (tag, x.shape)
-        fingerprint = self._known.get(key) or self._known.setdefault(key, _fingerprint(_small_call(x, tag)))
+        fingerprint = self._known.get(key) or self._known.setdefault(key, fingerprint_of(_plain_call(x, tag)))
         code = rounds.all_reduce_float32(self.state, fingerprint, x.data_ptr(), y.data_ptr(), x.numel())
         if code != rounds.DONE:
-            self._settle(code, _small_call(x, tag))
+            self._settle(code, _plain_call(x, tag), fingerprint)
             rounds.sum_float32(self.state, y.data_ptr(), x.numel())
         self.spent(time.perf_counter() - start)
         return y
 
     def explain(self, code: int, waiting_for: str) -> None:
         """Raise why a wait inside compiled code gave up."""
-        self.abort.check(waiting_for)
         call = Call("all_reduce", 0, "float32", waiting_for)
         if code >= rounds.DIFFERENT:
             raise self._disagreement(code - rounds.DIFFERENT, call)
+        self.abort.check(waiting_for)
         raise CommError(f"rank {self.rank} waited too long in {waiting_for}; see which rank computes no longer")
 
     # ---- driving what is under way
 
-    def drive(self, until: _Exchange, *, wait: bool) -> None:
-        """Advance the queue until this exchange has its result, or as far as goes without waiting."""
-        while until.result is None and self._queue:
-            if not wait and not rounds.all_posted(self.state):
-                return
-            call = self._queue[0].call
-            self._settle(rounds.await_all(self.state, _fingerprint(call)), call)
-            self._advance()
+    def advance(self) -> int:
+        """Go as far as goes without waiting; what a wait for the rest would give."""
+        self.mail.progress()
+        code = rounds.FAILED if self._stuck else rounds.DONE
+        while self._queue and code == rounds.DONE:
+            code = rounds.look(self.state, self._queue[0].fingerprint)
+            if code == rounds.DONE:
+                self._step()
+        return code
 
-    def _advance(self) -> None:
+    def drive(self, until: _Exchange) -> None:
+        """Advance the queue until this exchange has its result."""
+        while until.result is None and self._queue and not self._stuck:
+            first = self._queue[0]
+            code = rounds.await_all(self.state, first.fingerprint, self._sleeps(0))
+            self._settle(code, first.call, first.fingerprint)
+            self._step()
+
+    def refused(self, call: Call) -> CommError:
+        """Why a collective will not be: one before it failed."""
+        self.abort.check(call)
+        return CommError(f"{call} cannot be, as {self._stuck} failed before it; end this rank")
+
+    def _step(self) -> None:
         """Run the first exchange to its next round; where it ends, begin the one behind it."""
         while self._queue:
+            self._stuck = self._queue[0].call  # and so it stays, if its step raises
             try:
                 next(self._queue[0].steps)
-                return
             except StopIteration as end:
                 self._queue.popleft().result = end.value
+                self._stuck = None
+            else:
+                self._stuck = None
+                return
 
     def _begin(self, call: Call, steps: Rounds) -> Handle:
+        if self._stuck:
+            raise self.refused(call)
         exchange = _Exchange(call, self, steps)
         self._queue.append(exchange)
         if len(self._queue) == 1:
-            self._advance()
+            self._step()
         return exchange
 
-    def _settle(self, code: int, call: Call) -> None:
+    def _sleeps(self, turns: int) -> int:
+        """How often a turn of a wait may sleep: often, seldom or, at first, not at all if more is under way."""
+        return SLEEPS if len(self._ledger.open) <= 1 else int(turns > LIVELY)
+
+    def _settle(self, code: int, call: Call, fingerprint: int) -> None:
         """See a wait through to its end, or raise why it has none."""
-        patience = Patience(self.timeout_s)
+        if code == rounds.DONE:
+            return
+        self._stuck, patience, turns = call, Patience(self.timeout_s), 0
         while code != rounds.DONE:
-            self.abort.check(call)
             if code >= rounds.DIFFERENT:
                 raise self._disagreement(code - rounds.DIFFERENT, call)
-            self.mail.progress()
-            number = self.state[rounds.ROUND]
-            patience.check(
-                {rank: int(self.segment.words(rank)[PID]) for rank in range(self.size) if self._posted(rank) < number},
-                call,
-            )
-            code = rounds.await_all(self.state, _fingerprint(call))
+            self.abort.check(call)
+            self.mail.advance_all()
+            patience.check(self._missing(), call)
+            turns += 1
+            code = rounds.await_all(self.state, fingerprint, self._sleeps(turns))
+        self._stuck = None
 
-    def _posted(self, rank: int) -> int:
-        return int(self.segment.words(rank)[POSTED])
+    def _missing(self) -> dict[int, int]:
+        """The ranks, and their processes, that have not posted this round."""
+        words = map(self.segment.words, range(self.size))
+        return {rank: int(w[PID]) for rank, w in enumerate(words) if w[POSTED] < self.state[rounds.ROUND]}
 
     def _disagreement(self, other: int, call: Call) -> CommError:
         """Tell the other ranks what this one called, and what the one that differs did."""
-        number = self.state[rounds.ROUND]
-        said = str(call).encode()[:TEXT].ljust(TEXT, b"\0")
-        self.segment.text(self.rank)[:] = torch.frombuffer(bytearray(said), dtype=torch.uint8).numpy()
-        self.segment.words(self.rank)[TOLD] = number
+        number = int(self.state[rounds.ROUND])
+        put_text(self.segment.text(self.rank), str(call))
+        write_word(self.segment.word(self.rank, TOLD), number)
         deadline = time.monotonic() + 1.0
-        while self.segment.words(other)[TOLD] != number and time.monotonic() < deadline:
+        while read_word(self.segment.word(other, TOLD)) != number and time.monotonic() < deadline:
             time.sleep(0.001)
-        theirs = bytes(self.segment.text(other)).rstrip(b"\0").decode(errors="replace") or "something else"
+        theirs = text_of(self.segment.text(other)) or "something else"
         return CommError(
             f"collective {number}: rank {self.rank} called {call}, rank {other} called {theirs}; "
             "all ranks make the same calls in the same order"
         )
 
-    # ---- the collectives, round by round
-
-    def _post(self, call: Call) -> None:
-        rounds.post(self.state, _fingerprint(call))
-
-    def _buffer(self) -> int:
-        """The slots of a new exchange."""
-        self.state[rounds.EXCHANGE] += 1
-        return int(self.state[rounds.EXCHANGE]) & 1
+    # ---- the collectives
 
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
-        return self._begin(call, self._reduced(x.contiguous(), out, call))
-
-    def _reduced(self, x: Tensor, out: Tensor | None, call: Call) -> Rounds:
-        direct = out is not None and out.is_contiguous()
-        y = out if out is not None and direct else torch.empty_like(x)
-        flat, total = x.view(-1), y.view(-1)
-        if x.nbytes <= ONE_SHOT:
-            buffer = self._buffer()
-            slots = [_typed(self.segment.slot(rank, buffer), x.dtype, flat.numel()) for rank in range(self.size)]
-            slots[self.rank].copy_(flat)
-            self._post(call)
-            yield
-            total.copy_(sum_in_rank_order(slots))
-        else:
-            piece = SLOT // x.element_size()
-            for start in range(0, flat.numel(), piece):
-                yield from self._reduced_piece(flat[start : start + piece], total[start : start + piece], call)
-        return y if direct else put(y, out)
-
-    def _reduced_piece(self, x: Tensor, y: Tensor, call: Call) -> Generator[None, None, None]:
-        """Each rank sums its share of a piece and leaves it in its slot, from where the others copy it."""
-        buffer, cut = self._buffer(), Partition.balanced(x.numel(), self.size)
-        slots = [_typed(self.segment.slot(rank, buffer), x.dtype, x.numel()) for rank in range(self.size)]
-        low, high = cut.range(self.rank)
-        mine = slots[self.rank]
-        mine[:low].copy_(x[:low])
-        mine[high:].copy_(x[high:])
-        self._post(call)
-        yield
-        parts = [x[low:high] if rank == self.rank else slots[rank][low:high] for rank in range(self.size)]
-        y[low:high] = mine[low:high] = sum_in_rank_order(parts)
-        self._post(call)
-        yield
-        for rank in range(self.size):
-            if rank != self.rank:
-                start, stop = cut.range(rank)
-                y[start:stop].copy_(slots[rank][start:stop])
+        if self.size == 1:
+            return Done(call, put(x.clone(), out))
+        return self._begin(call, self._exchanges.reduced(x.contiguous(), out, call))
 
     def _all_gather(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Handle:
-        return self._begin(call, self._gathered(x.movedim(dim, 0).contiguous(), dim, sizes, call))
-
-    def _gathered(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Rounds:
-        y = x.new_empty(sum(sizes), *x.shape[1:])
-        places = [_bytes(part) for part in torch.split(y, sizes)]
-        source = _bytes(x)
-        for start in _pieces(max(place.numel() for place in places), SLOT):
-            buffer = self._buffer()
-            _copy(source[start : start + SLOT], self.segment.slot(self.rank, buffer))
-            self._post(call)
-            yield
-            for rank, place in enumerate(places):
-                _fill(place[start : start + SLOT], self.segment.slot(rank, buffer))
-        return y.movedim(0, dim).contiguous()
+        return self._begin(call, self._exchanges.gathered(x.movedim(dim, 0).contiguous(), dim, sizes, call))
 
     def _reduce_scatter(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Handle:
-        return self._begin(call, self._scattered(x.movedim(dim, 0).contiguous(), dim, sizes, call))
-
-    def _scattered(self, x: Tensor, dim: int, sizes: list[int], call: Call) -> Rounds:
-        shares = [part.reshape(-1) for part in torch.split(x, sizes)]
-        y = torch.empty_like(shares[self.rank])
-        room = SLOT // self.size // x.element_size()
-        for start in _pieces(max(share.numel() for share in shares), room):
-            buffer = self._buffer()
-            mine = _typed(self.segment.slot(self.rank, buffer), x.dtype, room * self.size)
-            for rank, share in enumerate(shares):
-                _copy(share[start : start + room], mine[rank * room :])
-            self._post(call)
-            yield
-            at, width = self.rank * room, len(y[start : start + room])
-            slots = (_typed(self.segment.slot(rank, buffer), x.dtype, room * self.size) for rank in range(self.size))
-            y[start : start + width] = sum_in_rank_order([slot[at : at + width] for slot in slots])
-        return y.view(sizes[self.rank], *x.shape[1:]).movedim(0, dim).contiguous()
+        return self._begin(call, self._exchanges.scattered(x.movedim(dim, 0).contiguous(), dim, sizes, call))
 
     def _all_to_all(self, x: Tensor, send: list[int], receive: list[int], call: Call) -> Handle:
-        return self._begin(call, self._dealt(x.contiguous(), send, receive, call))
-
-    def _dealt(self, x: Tensor, send: list[int], receive: list[int], call: Call) -> Rounds:
-        row = prod(x.shape[1:]) * x.element_size()
-        longest = yield from self._longest(max(send) * row, call)
-        y = x.new_empty(sum(receive), *x.shape[1:])
-        room = SLOT // self.size
-        parts, places = [_bytes(p) for p in torch.split(x, send)], [_bytes(p) for p in torch.split(y, receive)]
-        for start in _pieces(longest, room):
-            buffer = self._buffer()
-            for rank, part in enumerate(parts):
-                _copy(part[start : start + room], self.segment.slot(self.rank, buffer)[rank * room :])
-            self._post(call)
-            yield
-            for rank, place in enumerate(places):
-                _fill(place[start : start + room], self.segment.slot(rank, buffer)[self.rank * room :])
-        return y
-
-    def _longest(self, mine: int, call: Call) -> Generator[None, None, int]:
-        """The largest of all ranks' numbers: how many rounds there will be."""
-        buffer = self._buffer()
-        _typed(self.segment.slot(self.rank, buffer), torch.int64, 1)[0] = mine
-        self._post(call)
-        yield
-        return max(int(_typed(self.segment.slot(rank, buffer), torch.int64, 1)) for rank in range(self.size))
+        return self._begin(call, self._exchanges.dealt(x.contiguous(), send, receive, call))
 
     def _broadcast(self, x: Tensor, root: int, call: Call) -> Handle:
-        return self._begin(call, self._spread(x.contiguous(), root, call))
-
-    def _spread(self, x: Tensor, root: int, call: Call) -> Rounds:
-        y = x.clone()
-        for start in _pieces(x.nbytes, SLOT):
-            buffer = self._buffer()
-            if self.rank == root:
-                _copy(_bytes(x)[start : start + SLOT], self.segment.slot(root, buffer))
-            self._post(call)
-            yield
-            if self.rank != root:
-                _fill(_bytes(y)[start : start + SLOT], self.segment.slot(root, buffer))
-        return y
+        return self._begin(call, self._exchanges.spread(x.contiguous(), root, call))
 
     def _send(self, x: Tensor, destination: int, call: Call) -> Handle:
-        return self.mail.send(x, destination, call)
+        return self.mail.send(x, destination, call, self.timeout_s)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, call: Call) -> Handle:
-        return self.mail.recv(torch.empty(shape, dtype=dtype), source, call)
+        return self.mail.recv(torch.empty(shape, dtype=dtype), source, call, self.timeout_s)
 
     def _barrier(self, call: Call) -> Handle:
-        return self._begin(call, self._met(call))
-
-    def _met(self, call: Call) -> Rounds:
-        self._buffer()
-        self._post(call)
-        yield
-        return torch.empty(0)
-
-
-@lru_cache(maxsize=4096)
-def _fingerprint(call: Call) -> int:
-    """What all ranks must agree on about a call, in 64 bits, never 0."""
-    said = f"{call.op}/{call.dtype}/{call.detail}/{call.tag}"
-    return int.from_bytes(blake2b(said.encode(), digest_size=8).digest(), "little", signed=True) or 1
+        return self._begin(call, self._exchanges.met(call))
 
 
 def tag_fingerprint(tag: str) -> int:
     """What ranks agree on about an all-reduce inside a compiled step."""
-    return _fingerprint(Call("all_reduce", 0, "float32", tag, "compiled")) >> 16
+    return fingerprint_of(Call("all_reduce", 0, "float32", tag, "compiled")) >> 16
 
 
 def alone() -> SharedMemoryGroup:
@@ -340,32 +253,5 @@ def alone() -> SharedMemoryGroup:
     return SharedMemoryGroup(Segment(1), 0, AbortWord())
 
 
-def _is_small(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.nbytes <= ONE_SHOT and x.is_contiguous() and x.device.type == "cpu"
-
-
-def _small_call(x: Tensor, tag: str) -> Call:
+def _plain_call(x: Tensor, tag: str) -> Call:
     return Call("all_reduce", x.nbytes, "float32", tag, f"shape {list(x.shape)}")
-
-
-def _pieces(size: int, room: int) -> Iterable[int]:
-    """Where pieces of at most `room` start; one round even for nothing, so that a call is never silent."""
-    return range(0, max(size, 1), room)
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
-
-
-def _typed(slot: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    return slot[: n * dtype.itemsize].view(dtype)
-
-
-def _copy(part: Tensor, slot: Tensor) -> None:
-    """Into a slot, whose end may lie beyond the part's."""
-    slot[: part.numel()].copy_(part)
-
-
-def _fill(part: Tensor, slot: Tensor) -> None:
-    """Out of a slot."""
-    part.copy_(slot[: part.numel()])

@@ -13,6 +13,9 @@ from shardwright.errors import AbortedError, CommError
 ABORT_GRACE = 2.0
 """Seconds after a peer has gone in which the launcher says which rank failed, and of what."""
 
+GLANCE = 0.1
+"""Seconds between looks at a process that keeps others waiting."""
+
 ENDED = ("gone", "Z", "X")
 """States of a process that will never come."""
 
@@ -71,17 +74,21 @@ class Patience:
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._last: dict[int, tuple[float, float]] = {}
+        self._next = 0.0
 
     def check(self, missing: Mapping[int, int], waiting_for: object) -> None:
-        """Look at the missing ranks (rank → pid).
+        """Look at the missing ranks (rank → pid, 0 of one that has not joined yet), unless that was just done.
 
         Raises:
             CommError: one has computed nothing for too long.
             AbortedError: one has ended; the launcher has had a moment to say of what.
         """
         now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + GLANCE
         for rank, pid in missing.items():
-            state, computed = state_of(pid)
+            state, computed = state_of(pid) if pid else ("not joined", 0.0)
             since, before = self._last.get(rank, (now, -1.0))
             if computed > before:
                 self._last[rank] = now, computed

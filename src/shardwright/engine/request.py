@@ -12,17 +12,36 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens. temperature 0 takes the likeliest; above, a draw that depends on `seed` alone."""
+    """How to choose tokens. temperature 0 takes the likeliest; above, a draw that depends on `seed` alone.
+
+    The draw is among the words that every filter leaves, applied in this order after the temperature, as in
+    transformers: top_k: that many likeliest (0: all) · top_p: the likeliest that together reach this probability ·
+    min_p: those at least this fraction as likely as the likeliest.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError("max_tokens", self.max_tokens, "a text has at least one token", "try --max-tokens 64")
         if not isfinite(self.temperature) or self.temperature < 0:
             raise UsageError("temperature", self.temperature, "it is 0 or above", "use 0 for the likeliest token")
+        if self.top_k < 0:
+            raise UsageError("top_k", self.top_k, "it counts words", "use 0 for all of them")
+        if not 0 < self.top_p <= 1:
+            raise UsageError("top_p", self.top_p, "it is a probability above 0", "use 1 for no limit")
+        if not 0 <= self.min_p <= 1:
+            raise UsageError("min_p", self.min_p, "it is a fraction", "use 0 for no limit")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the draw is from fewer words than all: then the whole distribution has to be known."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,37 @@
+"""A command's options as a frozen dataclass: its fields are the command line, and the command takes one argument."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+def with_options(kind: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    """Turn `command(options: kind)` into the function of keywords that Typer reads its options from.
+
+    Fields are `Annotated[type, typer.Option(…) | typer.Argument(…)]`; one without a default is required.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+
+    def decorate(command: Callable[[T], None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            command(kind(**values))
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__annotations__ = hints
+        run.__dict__["__signature__"] = inspect.Signature(
+            [
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    annotation=hints[field.name],
+                    default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                )
+                for field in fields(kind)  # type: ignore[arg-type]
+            ]
+        )
+        return run
+
+    return decorate
