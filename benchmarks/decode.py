@@ -89,4 +89,5 @@ def cases(options: Options, bandwidth: Callable[[], float]) -> Iterator[Case]:
 
 if __name__ == "__main__":
     question = __doc__.splitlines()[0]
-    main("decode", question, {"read_gb_s_2": round(read_bandwidth(2), 1)}, lambda o: cases(o, lambda: read_bandwidth(2)))
+    ceilings = {"read_gb_s_2": round(read_bandwidth(2), 1)}
+    main("decode", question, ceilings, lambda options: cases(options, lambda: read_bandwidth(2)))

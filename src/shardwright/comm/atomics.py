@@ -7,8 +7,10 @@ it. Knows one word and who sleeps on it; nothing of slots or collectives. The fi
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from shardwright.comm.compiled import compiled
 
 WORD = 8
 """Bytes of a shared word."""
@@ -60,7 +62,7 @@ def fetch_add(typing: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64, int64, int64, int64)")
 def publish(word: int, value: int, sleepers: int, futex: int) -> None:
     """Store a word and wake whoever sleeps on it. sleepers: address of their count · futex: the system call."""
     store_release(word, value)
@@ -68,7 +70,7 @@ def publish(word: int, value: int, sleepers: int, futex: int) -> None:
         _syscall(futex, word, _WAKE, _EVERYONE, 0, 0, 0)
 
 
-@njit("int64(int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("int64(int64, int64, int64, int64, int64, int64, int64, int64)")
 def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, futex: int, nap: int, sleeps: int) -> int:
     """Wait until a word is at least `wanted`: 0; or give up: -1 as a rank has failed, 1 as time has passed.
 
@@ -96,13 +98,13 @@ def await_word(word: int, wanted: int, sleepers: int, abort: int, spins: int, fu
     return 0
 
 
-@njit("int64(int64)", cache=True)
+@compiled("int64(int64)")
 def read_word(address: int) -> int:
     """`load_acquire`, from Python."""
     return load_acquire(address)
 
 
-@njit("void(int64, int64)", cache=True)
+@compiled("void(int64, int64)")
 def write_word(address: int, value: int) -> None:
     """`store_release`, from Python."""
     store_release(address, value)

@@ -1,7 +1,8 @@
 """Ring all-gather and reduce-scatter over `send` and `recv` alone, for groups whose links favour neighbours.
 
 R ranks, R - 1 steps; in each, every rank sends one share to its right neighbour and receives one from its left
-(Patarasuk & Yuan 2009). A rank sends all shares but one, which is the least any algorithm can. Shares may be uneven, and empty.
+(Patarasuk & Yuan 2009). A rank sends all shares but one, which is the least any algorithm can. Shares may be uneven or
+empty.
 """
 
 from collections.abc import Sequence

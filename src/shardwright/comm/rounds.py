@@ -12,6 +12,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from shardwright.comm.atomics import SLEEPS, await_word, load_acquire, publish, store_release
+from shardwright.comm.compiled import compiled
 from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
 
 RANK, RANKS, CONTROL, SLOTS, ABORT, SPINS, FUTEX, NAP, ROUND, EXCHANGE, WAITED, CLOCK = range(12)
@@ -45,7 +46,7 @@ _floats = _at(types.float32, ir.FloatType())
 _halves = _at(types.uint16, ir.IntType(16))
 
 
-@njit("int64(int64[::1], int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64)")
 def look(state: Any, fingerprint: int) -> int:
     """What a wait for this round would give now: who has posted it has posted this fingerprint, and are they all?"""
     number, code = state[ROUND], DONE
@@ -58,7 +59,7 @@ def look(state: Any, fingerprint: int) -> int:
     return FAILED if code == AGAIN and load_acquire(state[ABORT]) != 0 else code
 
 
-@njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64, int64)")
 def await_all(state: Any, fingerprint: int, sleeps: int) -> int:
     """Wait until every rank has posted this round, with this fingerprint; `AGAIN` after so many sleeps."""
     rank, number = state[RANK], state[ROUND]
@@ -76,7 +77,7 @@ def await_all(state: Any, fingerprint: int, sleeps: int) -> int:
     return DONE
 
 
-@njit("void(int64[::1], int64)", cache=True, nogil=True)
+@compiled("void(int64[::1], int64)")
 def post(state: Any, fingerprint: int) -> None:
     """Say that this rank's part of the next round lies in its slot."""
     state[ROUND] += 1
@@ -86,12 +87,12 @@ def post(state: Any, fingerprint: int) -> None:
     publish(word, number, word + 8 * SLEEPERS, state[FUTEX])
 
 
-@njit("int64(int64[::1], int64, int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64, int64)")
 def _slot(state: Any, rank: int, exchange: int) -> int:
     return state[SLOTS] + (2 * rank + (exchange & 1)) * SLOT
 
 
-@njit("void(int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64, int64, int64)")
 def _copy(target: int, source: int, n: int) -> None:
     """Floats from one address to another."""
     to, what = carray(_floats(target), (n,)), carray(_floats(source), (n,))
@@ -99,7 +100,7 @@ def _copy(target: int, source: int, n: int) -> None:
         to[i] = what[i]
 
 
-@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64, int64, int64, int64)")
 def _add(total: int, a: int, b: int, n: int) -> None:
     """`total` = a + b, floats at three addresses."""
     to, first, second = carray(_floats(total), (n,)), carray(_floats(a), (n,)), carray(_floats(b), (n,))
@@ -107,7 +108,7 @@ def _add(total: int, a: int, b: int, n: int) -> None:
         to[i] = first[i] + second[i]
 
 
-@njit("void(int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64, int64, int64)")
 def _add_to(total: int, part: int, n: int) -> None:
     """`total` += part."""
     to, what = carray(_floats(total), (n,)), carray(_floats(part), (n,))
@@ -115,7 +116,7 @@ def _add_to(total: int, part: int, n: int) -> None:
         to[i] += what[i]
 
 
-@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
+@compiled("void(int64[::1], int64, int64)")
 def sum_float32(state: Any, out: int, n: int) -> None:
     """`out` = the sum of all slots of this exchange, two or more, in rank order."""
     exchange = state[EXCHANGE]
@@ -124,7 +125,7 @@ def sum_float32(state: Any, out: int, n: int) -> None:
         _add_to(out, _slot(state, rank, exchange), n)
 
 
-@njit("int64(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64, int64, int64, int64)")
 def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> int:
     """Copy x into the slot, post, wait, sum: n elements that fit a slot. Unless `DONE`, the sum is still to be made."""
     state[EXCHANGE] += 1
@@ -136,13 +137,13 @@ def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -
     return code
 
 
-@njit("int64(int64, int64, int64)", cache=True)
+@compiled("int64(int64, int64, int64)")
 def _edge(n: int, rank: int, ranks: int) -> int:
     """Where a rank's share of n elements begins: at a whole cache line."""
     return n if rank == ranks else n * rank // ranks // LINE * LINE
 
 
-@njit("void(int64[::1], int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64[::1], int64, int64, int64)")
 def share_float32(state: Any, fingerprint: int, x: int, n: int) -> None:
     """Begin an exchange of n elements that fit a slot: what the others sum lies in this rank's slot, and is posted."""
     state[EXCHANGE] += 1
@@ -153,7 +154,7 @@ def share_float32(state: Any, fingerprint: int, x: int, n: int) -> None:
     post(state, fingerprint)
 
 
-@njit("void(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("void(int64[::1], int64, int64, int64, int64)")
 def sum_share_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> None:
     """Sum this rank's share of all slots, and of x in place of its own, in rank order, into its slot and `out`; post.
 
@@ -173,7 +174,7 @@ def sum_share_float32(state: Any, fingerprint: int, x: int, out: int, n: int) ->
     post(state, fingerprint)
 
 
-@njit("void(int64[::1], int64, int64)", cache=True, nogil=True)
+@compiled("void(int64[::1], int64, int64)")
 def collect_float32(state: Any, out: int, n: int) -> None:
     """Copy the shares that the other ranks summed out of their slots."""
     ranks = state[RANKS]
@@ -190,14 +191,14 @@ def _now(state: Any) -> int:
     return state[CLOCK] * 1_000_000_000 + state[CLOCK + 1]
 
 
-@njit("int64(int64[::1])", cache=True, nogil=True)
+@compiled("int64(int64[::1])")
 def begin(state: Any) -> int:
     """Begin an exchange from compiled code: the address of this rank's slot, to be filled and posted."""
     state[EXCHANGE] += 1
     return _slot(state, state[RANK], state[EXCHANGE])
 
 
-@njit("int64(int64[::1], int64, int64, int64, int64)", cache=True, nogil=True)
+@compiled("int64(int64[::1], int64, int64, int64, int64)")
 def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience: int) -> int:
     """Post the slot that `begin` gave, wait, and add the sum of all slots, in rank order, to `x`.
 

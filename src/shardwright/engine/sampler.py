@@ -51,7 +51,7 @@ def _filter(scores: Tensor, sequences: Rows[Sequence], vocabulary: Partition, gr
 
 
 def kept_words(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Which words of a row `[V]`, divided by its temperature, may be drawn; of equal ones the lower number goes first."""
+    """Which words of a row `[V]`, divided by its temperature, may be drawn; of equal ones the lower goes first."""
     ordered, words = scores.sort(descending=True, stable=True)
     kept = torch.ones_like(words, dtype=torch.bool)
     if params.top_k:

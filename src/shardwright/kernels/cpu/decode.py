@@ -10,12 +10,13 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from shardwright.comm.compiled import compiled
 from shardwright.comm.rounds import DONE, begin, finish_adding_float32
 from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF, KV_INDEX = range(10)
-"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 · then, for
-each query head, the KV head it reads."""
+"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 ·
+then, for each query head, the KV head it reads."""
 
 NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
 MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
@@ -95,7 +96,7 @@ def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any
     return code
 
 
-@njit(SIGNATURE, nogil=True, cache=True)
+@compiled(SIGNATURE)
 def decode_step(
     state: Any,
     plan: Any,
