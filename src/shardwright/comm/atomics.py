@@ -62,6 +62,19 @@ def fetch_add(typing: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
+def pointer_to(numba_type: Any, bits: Any) -> Any:
+    """For compiled code: a function from an address to a pointer of that type; `bits` is its LLVM type."""
+
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], bits.as_pointer())
+
+        return types.CPointer(numba_type)(types.int64), generate
+
+    return pointer
+
+
 @compiled("void(int64, int64, int64, int64)")
 def publish(word: int, value: int, sleepers: int, futex: int) -> None:
     """Store a word and wake whoever sleeps on it. sleepers: address of their count · futex: the system call."""

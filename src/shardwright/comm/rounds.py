@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic
 
-from shardwright.comm.atomics import SLEEPS, await_word, load_acquire, publish, store_release
+from shardwright.comm.atomics import SLEEPS, await_word, load_acquire, pointer_to, publish, store_release
 from shardwright.comm.compiled import compiled
 from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
 
@@ -31,19 +30,7 @@ DONE, FAILED, AGAIN, DIFFERENT = 0, -1, 1, 2
 """What a wait gives: all have posted · a rank has failed · time has passed · 2 + who called something else."""
 
 
-def _at(numba_type: Any, bits: Any) -> Any:
-    @intrinsic
-    def pointer(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], bits.as_pointer())
-
-        return types.CPointer(numba_type)(types.int64), generate
-
-    return pointer
-
-
-_floats = _at(types.float32, ir.FloatType())
-_halves = _at(types.uint16, ir.IntType(16))
+_floats = pointer_to(types.float32, ir.FloatType())
 
 
 @compiled("int64(int64[::1], int64)")

@@ -8,8 +8,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import carray, njit, types
-from numba.extending import intrinsic
 
+from shardwright.comm.atomics import pointer_to
 from shardwright.comm.compiled import compiled
 from shardwright.comm.rounds import DONE, begin, finish_adding_float32
 from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
@@ -33,19 +33,8 @@ PATIENCE = 300
 """Waits of a tenth of a second before a step gives up, and Python looks at who is missing."""
 
 
-def _pointer_to(numba_type: Any, bits: Any) -> Any:
-    @intrinsic
-    def pointer(typing: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], bits.as_pointer())
-
-        return types.CPointer(numba_type)(types.int64), generate
-
-    return pointer
-
-
-_float32_at = _pointer_to(types.float32, ir.FloatType())
-_uint16_at = _pointer_to(types.uint16, ir.IntType(16))
+_float32_at = pointer_to(types.float32, ir.FloatType())
+_uint16_at = pointer_to(types.uint16, ir.IntType(16))
 
 
 @njit(nogil=True)
