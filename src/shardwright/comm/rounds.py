@@ -185,9 +185,9 @@ def begin(state: Any) -> int:
     return _slot(state, state[RANK], state[EXCHANGE])
 
 
-@compiled("int64(int64[::1], int64, int64, int64, int64)")
-def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience: int) -> int:
-    """Post the slot that `begin` gave, wait, and add the sum of all slots, in rank order, to `x`.
+@compiled("int64(int64[::1], int64, int64)")
+def finish(state: Any, fingerprint: int, patience: int) -> int:
+    """Post the slot that `begin` gave and wait for all others; `slot_of` then tells where they lie.
 
     patience: how often a wait that gives `AGAIN` is taken up again, about a tenth of a second each.
     """
@@ -198,6 +198,19 @@ def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience
         patience -= 1
         code = await_all(state, fingerprint, SLEEPS)
     state[WAITED] += _now(state) - start
+    return code
+
+
+@compiled("int64(int64[::1], int64)")
+def slot_of(state: Any, rank: int) -> int:
+    """Address of a rank's slot in the exchange under way."""
+    return _slot(state, rank, state[EXCHANGE])
+
+
+@compiled("int64(int64[::1], int64, int64, int64, int64)")
+def finish_adding_float32(state: Any, fingerprint: int, x: int, n: int, patience: int) -> int:
+    """`finish`, then add the sum of all slots, in rank order, to `x`."""
+    code = finish(state, fingerprint, patience)
     if code != DONE:
         return code
     total = carray(_floats(x), (n,))

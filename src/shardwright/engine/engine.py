@@ -4,8 +4,8 @@ from typing import final
 
 import torch
 
-from shardwright.engine.request import NewToken, Request
-from shardwright.engine.sampler import sample
+from shardwright.engine.request import NewToken, Request, Sequence
+from shardwright.engine.sampler import greedy, sample
 from shardwright.engine.scheduler import Chunk, Scheduler
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
@@ -41,14 +41,23 @@ class Engine:
     def step(self) -> list[NewToken]:
         """Compute one batch; the new tokens, at most one a request."""
         chunks = self.scheduler.schedule()
-        for store in self.kv:
-            store.grow(self.scheduler.pages_needed)
+        if self.scheduler.pages_needed > self.kv[0].pages:
+            for store in self.kv:
+                store.grow(self.scheduler.pages_needed)
         batch = batch_of(chunks)
-        logits = self.compiled(batch) if self.compiled and self.compiled.fits(batch) else self.model(batch, self.kv)
-        complete = [chunk.sequence for chunk in chunks if chunk.complete]
-        tokens = sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
+        tokens = self._next(batch, [chunk.sequence for chunk in chunks if chunk.complete])
         self.model.group.end_step()
         return self.scheduler.commit(chunks, tokens)
+
+    def _next(self, batch: Batch, complete: list[Sequence]) -> list[int]:
+        """Compute the batch; the next token of each sequence that is complete in it."""
+        if self.compiled and self.compiled.fits(batch):
+            logits, likeliest = self.compiled(batch)
+            if greedy(complete):
+                return likeliest
+        else:
+            logits = self.model(batch, self.kv)
+        return sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
 
 
 def batch_of(chunks: list[Chunk]) -> Batch:

@@ -16,31 +16,38 @@ from shardwright.layers import random
 from shardwright.layout.partition import Partition
 
 
+def greedy(sequences: Rows[Sequence]) -> bool:
+    """Whether each of them takes its likeliest token."""
+    return all(sequence.request.params.temperature == 0 for sequence in sequences)
+
+
 def sample(logits: Tensor, sequences: Rows[Sequence], vocabulary: Partition, group: Group) -> list[int]:
     """`logits [B, V_r]`, one row a sequence → its next token; of equal values the lowest word wins."""
-    start, stop = vocabulary.range(group.rank)
-    scores = logits.double()
-    for row, sequence in enumerate(sequences):
-        if sequence.request.params.temperature > 0:
-            scores[row] /= sequence.request.params.temperature
-    _filter(scores, sequences, vocabulary, group)
-    words = torch.arange(start, stop)
-    for row, sequence in enumerate(sequences):
-        params = sequence.request.params
-        if params.temperature > 0:
-            scores[row] += random.gumbel(params.seed, "sample", sequence.generated, words)
+    drawn = [row for row, sequence in enumerate(sequences) if sequence.request.params.temperature > 0]
+    scores = _scores(logits, sequences, drawn, vocabulary, group) if drawn else logits
     best = torch.full((1, len(sequences), 2), -torch.inf, dtype=torch.float64)
-    if len(words):
-        values, places = scores.max(-1)
-        best[0] = torch.stack((values, (places + start).double()), -1)
+    if scores.shape[1]:
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        places = torch.from_numpy(wide.numpy().argmax(-1))  # 4 µs of 50,000 values, where torch's takes 40
+        best[0, :, 0], best[0, :, 1] = wide.gather(1, places[:, None])[:, 0], places + vocabulary.offsets[group.rank]
     offers = group.all_gather(best, 0, [1] * group.size, tag="token")
-    winners = offers[..., 0].max(0).indices
+    winners = offers[..., 0].argmax(0)
     return [int(offers[rank, row, 1]) for row, rank in enumerate(winners.tolist())]
 
 
-def _filter(scores: Tensor, sequences: Rows[Sequence], vocabulary: Partition, group: Group) -> None:
-    """Put minus infinity where a request's filters leave a word out; one exchange for all rows that have any."""
-    rows = [row for row, sequence in enumerate(sequences) if sequence.request.params.filtered]
+def _scores(logits: Tensor, sequences: Rows[Sequence], drawn: list[int], vocabulary: Partition, group: Group) -> Tensor:
+    """The logits in double precision, those of the rows to be drawn tempered, filtered, and with their noise."""
+    scores, words = logits.double(), torch.arange(*vocabulary.range(group.rank))
+    for row in drawn:
+        scores[row] /= sequences[row].request.params.temperature
+    _filter(scores, sequences, [row for row in drawn if sequences[row].request.params.filtered], vocabulary, group)
+    for row in drawn:
+        scores[row] += random.gumbel(sequences[row].request.params.seed, "sample", sequences[row].generated, words)
+    return scores
+
+
+def _filter(scores: Tensor, sequences: Rows[Sequence], rows: list[int], vocabulary: Partition, group: Group) -> None:
+    """Put minus infinity where the filters of these rows leave a word out; one exchange for all of them."""
     if not rows:
         return
     whole = group.all_gather(scores[rows], 1, vocabulary.widths, tag="logits")

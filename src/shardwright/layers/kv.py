@@ -42,9 +42,14 @@ class PagedKV(KVStore):
         self.k = torch.empty(pages, page, kv_heads, head_size, dtype=dtype)
         self.v = torch.empty_like(self.k)
 
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return len(self.k)
+
     def grow(self, pages: int) -> None:
         """Have at least that many pages; room at least doubles, so that growing costs little in sum."""
-        have = len(self.k)
+        have = self.pages
         if pages > have:
             more = self.k.new_empty(max(pages, 2 * have) - have, *self.k.shape[1:])
             self.k, self.v = torch.cat((self.k, more)), torch.cat((self.v, more))

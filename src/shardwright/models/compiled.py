@@ -49,6 +49,7 @@ class CompiledStep:
             model.cuts.heads.kv_width(rank),
             model.config.head_size,
             model.cuts.feed_forward.widths[rank],
+            model.cuts.vocabulary.offsets[rank],
             model.cuts.vocabulary.widths[rank],
             kv[0].k.shape[1],
             head.weight.dtype == torch.bfloat16,
@@ -56,33 +57,58 @@ class CompiledStep:
         self._plan = np.zeros((model.config.layers + 1, decode.FIELDS), np.int64)
         for row, layer in zip(self._plan, model.layers, strict=False):
             self._describe(row, layer)
-        self._plan[-1, [decode.NORM, decode.QKV]] = self._float32(model.norm.weight), head.weight.data_ptr()
+        self._plan[-1, : decode.TOKEN_CALL + 1] = (
+            self._float32(model.norm.weight),
+            head.weight.data_ptr(),
+            model.embedding.weight.data_ptr(),
+            tag_fingerprint(model.embedding.name),
+            tag_fingerprint("token"),
+        )
+        self._angles = np.empty((0, 2, model.config.head_size // 2), np.float32)
+        self._pages: Tensor | None = None
+        self._room = np.empty(0, np.float32)
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Logits `[B, V_r]` of a batch in which every sequence has one new token."""
+    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """Logits `[B, V_r]` and the likeliest next tokens of a batch in which every sequence has one new token.
+
+        The next call overwrites the logits.
+        """
         model, count = self.model, len(batch.tokens)
-        for row, store in zip(self._plan, self.kv, strict=False):
-            row[[decode.KEYS, decode.VALUES]] = store.k.data_ptr(), store.v.data_ptr()
-        x = model.embedding(batch.tokens).float()
-        angles = torch.stack(model.rotary(batch.positions, torch.float32), 1).numpy()
-        logits = np.empty((count, int(self._dims[decode.WORDS])), np.float32)
-        room = np.empty(decode.room_needed(self._dims, count, max(batch.held)), np.float32)
+        if self._pages is not self.kv[0].k:
+            self._find_pages()
+        logits = count * int(self._dims[decode.WORDS])
+        wanted = logits + decode.room_needed(self._dims, count, max(batch.held))
+        if len(self._room) < wanted:
+            self._room = np.empty(2 * wanted, np.float32)
+        if len(self._angles) < max(batch.held):
+            self._turn_to(2 * max(batch.held))
+        tokens, positions = batch.tokens.numpy().copy(), batch.positions.numpy()
         before = int(self._group.state[WAITED])
         code = decode.decode_step(
             self._group.state,
             self._plan,
             self._dims,
             model.config.norm_eps,
-            x.numpy(),
-            angles,
+            tokens,
+            self._angles[positions],
             self._places(batch),
-            room,
-            logits,
+            self._room[logits:],
+            self._room[:logits].reshape(count, -1),
         )
         model.group.spent(1e-9 * (int(self._group.state[WAITED]) - before))
         if code != DONE:
             self._group.explain(code, "a compiled decode step")
-        return torch.from_numpy(logits)
+        return torch.from_numpy(self._room[:logits].reshape(count, -1)), tokens.tolist()
+
+    def _turn_to(self, positions: int) -> None:
+        """Know the angles of that many positions."""
+        self._angles = torch.stack(self.model.rotary(torch.arange(positions), torch.float32), 1).numpy()
+
+    def _find_pages(self) -> None:
+        """Take the addresses of the KV pages, which stay where they are until there have to be more."""
+        for row, store in zip(self._plan, self.kv, strict=False):
+            row[[decode.KEYS, decode.VALUES]] = store.k.data_ptr(), store.v.data_ptr()
+        self._pages = self.kv[0].k
 
     def fits(self, batch: Batch) -> bool:
         """Whether this is one new token of each sequence, all to be sampled from, few enough for the ranks' slots."""

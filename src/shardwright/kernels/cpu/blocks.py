@@ -7,34 +7,43 @@ Values are float32; weights are float32, or bfloat16 as its bits, widened as the
 from math import exp, sqrt
 from typing import Any
 
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic
 
+from shardwright.kernels.cpu.vectors import STEP, dot, widened
 
-@intrinsic
-def widened(typing: Any, value: Any) -> Any:
-    """A weight as float32: bfloat16, given as its bits, is the upper half of the float32 it stands for."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if value != types.uint16:
-            return arguments[0]
-        bits = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    return types.float32(value), generate
+BLOCK = 1 << 17
+"""Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
 
 
 @njit(fastmath=True, nogil=True)
 def matvec(w: Any, x: Any, y: Any) -> None:
     """`y [B, O] = x [B, I] @ w [O, I].T`."""
-    for o in range(w.shape[0]):
-        row = w[o]
+    rows, width = w.shape
+    whole, step = width // STEP * STEP, BLOCK // max(width, 1) + 1
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
         for b in range(x.shape[0]):
-            vector, total = x[b], types.float32(0)
-            for i in range(row.size):
-                total += widened(row[i]) * vector[i]
-            y[b, o] = total
+            vector = x[b]
+            for o in range(first, last):
+                y[b, o] = dot(w[o], vector, whole) if whole else types.float32(0)
+            if whole < width:
+                for o in range(first, last):
+                    y[b, o] += _rest(w[o], vector, whole)
+
+
+@njit(fastmath=True, nogil=True)
+def _rest(row: Any, x: Any, start: int) -> Any:
+    total = types.float32(0)
+    for i in range(start, row.size):
+        total += widened(row[i]) * x[i]
+    return total
+
+
+@njit(nogil=True)
+def copy_row(row: Any, y: Any) -> None:
+    """`y [H]` = a row of weights, in float32."""
+    for i in range(row.size):
+        y[i] = widened(row[i])
 
 
 @njit(nogil=True)
@@ -106,3 +115,15 @@ def attend(q: Any, keys: Any, values: Any, table: Any, held: int, kv_index: Any,
                 y[h, i] += weight * value[i]
         for i in range(size):
             y[h, i] /= total
+
+
+@njit(nogil=True)
+def argmax(row: Any) -> Any:
+    """Place of the largest value, the first of equal ones: in two passes, as each of them is a loop of vectors."""
+    top = row[0]
+    for i in range(row.size):
+        top = max(top, row[i])
+    for i in range(row.size):
+        if row[i] == top:
+            return i
+    return 0

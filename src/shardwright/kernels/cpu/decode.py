@@ -1,4 +1,4 @@
-"""One decode step of a whole decoder, compiled: from B embedded tokens to logits, collectives included.
+"""One decode step of a whole decoder, compiled: from B tokens to logits, collectives included.
 
 It is the blocks in the decoder's order, over addresses that `models.compiled` collects from the layers. Weights are
 float32, or bfloat16 as its bits; values, norms, biases and KV pages are float32 in both.
@@ -6,25 +6,30 @@ float32, or bfloat16 as its bits; values, norms, biases and KV pages are float32
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 
 from shardwright.comm.atomics import pointer_to
 from shardwright.comm.compiled import compiled
-from shardwright.comm.rounds import DONE, begin, finish_adding_float32
-from shardwright.kernels.cpu.blocks import add_row, attend, matvec, rms_norm, rotate, swiglu
+from shardwright.comm.rounds import DONE, RANKS, begin, finish, finish_adding_float32, slot_of
+from shardwright.kernels.cpu.blocks import add_row, argmax, attend, copy_row, matvec, rms_norm, rotate, swiglu
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, WORDS, PAGE, HALF, KV_INDEX = range(10)
-"""Places in `dims`: layers · H · N_r · K_r · D · F_r · V_r · tokens in a KV page · 1 where weights are bfloat16 ·
-then, for each query head, the KV head it reads."""
+LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, FIRST_WORD, WORDS, PAGE, HALF, KV_INDEX = range(11)
+"""Places in `dims`: layers · H · N_r · K_r · D · F_r · first of the words this rank holds · V_r · tokens in a KV page ·
+1 where weights are bfloat16 · then, for each query head, the KV head it reads."""
 
 NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
 MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
 """Columns of `plan`, a row a layer: addresses of its tensors (0 where it has none) and the fingerprints of its two
-all-reduces. The row behind the last layer holds the final norm under NORM and the table of logits under QKV."""
+all-reduces. The row behind the last layer holds what no layer does, under `FINAL_NORM` and so on."""
+
+FINAL_NORM, LOGITS, EMBEDDING, EMBEDDING_CALL, TOKEN_CALL = range(5)
+"""Columns of that row: the last norm, the table of logits, that of embeddings, and the fingerprints of the exchanges
+that fetch embeddings and find the likeliest tokens."""
 
 SIGNATURE = (
-    "int64(int64[::1], int64[:, ::1], int64[::1], float64, float32[:, ::1], float32[:, :, ::1], int64[:, ::1], "
+    "int64(int64[::1], int64[:, ::1], int64[::1], float64, int64[::1], float32[:, :, ::1], int64[:, ::1], "
     "float32[::1], float32[:, ::1])"
 )
 """Given beforehand, so that importing this file compiles the step, or loads it, and no rank ever does."""
@@ -33,6 +38,7 @@ PATIENCE = 300
 """Waits of a tenth of a second before a step gives up, and Python looks at who is missing."""
 
 
+_float64_at = pointer_to(types.float64, ir.DoubleType())
 _float32_at = pointer_to(types.float32, ir.FloatType())
 _uint16_at = pointer_to(types.uint16, ir.IntType(16))
 
@@ -76,6 +82,22 @@ def _heads(row: Any, dims: Any, eps: float, angles: Any, places: Any, qkv: Any, 
 
 
 @njit(nogil=True)
+def _embed(state: Any, last: Any, dims: Any, tokens: Any, x: Any) -> int:
+    """`x [B, H]` = the tokens' rows, each of which one rank has."""
+    slot, shape = carray(_float32_at(begin(state)), x.shape), (dims[WORDS], dims[HIDDEN])
+    for s in range(len(tokens)):
+        word = tokens[s] - dims[FIRST_WORD]
+        if word < 0 or word >= dims[WORDS]:
+            slot[s] = 0
+        elif dims[HALF]:
+            copy_row(carray(_uint16_at(last[EMBEDDING]), shape)[word], slot[s])
+        else:
+            copy_row(carray(_float32_at(last[EMBEDDING]), shape)[word], slot[s])
+    x[:] = 0
+    return finish_adding_float32(state, last[EMBEDDING_CALL] + x.size, x.ctypes.data, x.size, PATIENCE)
+
+
+@njit(nogil=True)
 def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any, part: Any, x: Any) -> int:
     """`x += all_reduce(part @ w.T) + bias`: the product goes straight into the shared slot."""
     y = carray(_float32_at(begin(state)), x.shape)
@@ -85,31 +107,57 @@ def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any
     return code
 
 
+@njit(nogil=True)
+def _likeliest(state: Any, last: Any, dims: Any, logits: Any, tokens: Any) -> int:
+    """`tokens [B]` = the words of the largest logits over all ranks, the lowest of equal ones."""
+    count = len(tokens)
+    mine = carray(_float64_at(begin(state)), (count, 2))
+    for s in range(count):
+        mine[s, 0] = -np.inf
+        if dims[WORDS]:
+            place = argmax(logits[s])
+            mine[s, 0], mine[s, 1] = logits[s, place], dims[FIRST_WORD] + place
+    code = finish(state, last[TOKEN_CALL] + count, PATIENCE)
+    if code != DONE:
+        return code
+    for s in range(count):
+        top = -np.inf
+        for rank in range(state[RANKS]):
+            offer = carray(_float64_at(slot_of(state, rank)), (count, 2))[s]
+            if offer[0] > top:
+                top, tokens[s] = offer[0], int(offer[1])
+    return DONE
+
+
 @compiled(SIGNATURE)
 def decode_step(
     state: Any,
     plan: Any,
     dims: Any,
     eps: float,
-    x: Any,
+    tokens: Any,
     angles: Any,
     places: Any,
     room: Any,
     logits: Any,
 ) -> int:
-    """Advance B sequences by one token: `x [B, H]` embedded → `logits [B, V_r]`; `x` is used up.
+    """Advance B sequences by one token: `tokens [B]` → `logits [B, V_r]`, and in `tokens` the likeliest next ones.
 
     state: the group's (see `comm.rounds`) · angles `[B, 2, D/2]` cos and sin · places `[B, 2 + pages]` tokens held with
     this one, its slot, the sequence's pages · room: float32 to work in, see `room_needed`. Gives
     `DONE`, or a wait's code where a rank is missing or differs.
     """
-    b, n, size, f = len(x), dims[HEADS], dims[SIZE], dims[FEED_FORWARD]
-    h, wide = dims[HIDDEN], (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE]
+    b, n, size, f = len(tokens), dims[HEADS], dims[SIZE], dims[FEED_FORWARD]
+    h, wide, last = dims[HIDDEN], (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE], plan[dims[LAYERS]]
+    x, room = room[: b * h].reshape((b, h)), room[b * h :]
     normed, room = room[: b * h].reshape((b, h)), room[b * h :]
     qkv, room = room[: b * wide].reshape((b, wide)), room[b * wide :]
     seen, room = room[: b * n * size].reshape((b, n * size)), room[b * n * size :]
     gate_up, room = room[: b * 2 * f].reshape((b, 2 * f)), room[b * 2 * f :]
     inner, scores = room[: b * f].reshape((b, f)), room[b * f :]
+    code = _embed(state, last, dims, tokens, x)
+    if code != DONE:
+        return code
     for layer in range(dims[LAYERS]):
         row = plan[layer]
         _normed(row[NORM], eps, x, normed)
@@ -127,14 +175,13 @@ def decode_step(
         code = _add_reduced(state, row[MLP_CALL], row[DOWN], row[DOWN_BIAS], dims, inner, x)
         if code != DONE:
             return code
-    last = plan[dims[LAYERS]]
-    _normed(last[NORM], eps, x, normed)
-    _project(dims, last[QKV], normed, logits)
-    return DONE
+    _normed(last[FINAL_NORM], eps, x, normed)
+    _project(dims, last[LOGITS], normed, logits)
+    return _likeliest(state, last, dims, logits, tokens)
 
 
 def room_needed(dims: Any, sequences: int, held: int) -> int:
     """Floats that a step needs to work in, for that many sequences, the longest holding `held` tokens."""
     wide = (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE]
-    per_sequence = dims[HIDDEN] + wide + dims[HEADS] * dims[SIZE] + 3 * dims[FEED_FORWARD]
+    per_sequence = 2 * dims[HIDDEN] + wide + dims[HEADS] * dims[SIZE] + 3 * dims[FEED_FORWARD]
     return int(sequences * per_sequence + held)

@@ -1,0 +1,49 @@
+"""The loops of a compiled step, against numpy in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from shardwright.kernels.cpu import blocks
+from shardwright.kernels.cpu.vectors import STEP
+
+SIZES = (0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 308, 577)
+"""Lengths of rows: nothing, less than a step of vectors, whole steps, and a rest behind them."""
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", SIZES)
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_matvec(rows: int, width: int, half: bool) -> None:
+    """1e-6 of the sum of magnitudes: float32 products summed in another order, some 5 roundings deep."""
+    generator = torch.Generator().manual_seed(width)
+    w, x = torch.randn(rows, width, generator=generator), torch.randn(3, width, generator=generator)
+    w = w.bfloat16() if half else w
+    y = np.full((3, rows), np.nan, np.float32)
+    blocks.matvec(w.view(torch.uint16).numpy() if half else w.numpy(), x.numpy(), y)
+    exact, magnitude = x.double() @ w.double().T, x.abs().double() @ w.abs().double().T
+    assert (torch.from_numpy(y) - exact).abs().le(1e-6 * magnitude).all()
+
+
+def test_matvec_meets_every_vector_in_every_block_of_rows() -> None:
+    """More rows than a block has; exact, as all terms are small integers."""
+    rows = 2 * (blocks.BLOCK // 64 + 1) + 5
+    w = (np.arange(rows * 64) % 7).astype(np.float32).reshape(rows, 64)
+    x = (np.arange(2 * 64) % 3).astype(np.float32).reshape(2, 64)
+    y = np.zeros((2, rows), np.float32)
+    blocks.matvec(w, x, y)
+    assert (y == x @ w.T).all()
+
+
+@pytest.mark.parametrize("row", [[3.0], [1, 5, 5, 2], [-np.inf, -np.inf], [-2, -1], list(range(1000))])
+def test_argmax_is_the_first_of_the_largest(row: list[float]) -> None:
+    values = np.array(row, np.float32)
+    assert blocks.argmax(values) == values.argmax()
+
+
+def test_a_bfloat16_row_is_copied_as_float32() -> None:
+    """Exact: every bfloat16 is a float32."""
+    row = torch.randn(33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = np.zeros(33, np.float32)
+    blocks.copy_row(row.view(torch.uint16).numpy(), y)
+    assert (torch.from_numpy(y) == row.float()).all()
