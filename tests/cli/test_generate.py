@@ -38,12 +38,14 @@ def test_json_is_one_object_and_nothing_else() -> None:
     assert done.stderr == ""
     figures = json.loads(done.stdout)
     assert set(figures) == {
-        *("text", "token_ids", "prompt_token_ids", "tp", "load_s", "ttft_s", "tokens_per_s", "comm_share", "ranks")
+        *("text", "token_ids", "prompt_token_ids", "tp", "load_s", "ttft_s", "tokens_per_s", "comm_share", "ranks"),
+        *("decoded_by", "torch_because"),
     }
     assert figures["text"] == "The capital of France"
     assert len(figures["token_ids"]) == 4
     assert figures["tp"] == 3
     assert 0 < figures["comm_share"] < 1
+    assert (figures["decoded_by"], figures["torch_because"]) == ("compiled", None)
     assert [rank["rank"] for rank in figures["ranks"]] == [0, 1, 2]
     norms = 61 * 576 * 4
     assert sum(rank["weight_bytes"] for rank in figures["ranks"]) == 538_060_032 + 2 * norms
@@ -73,6 +75,17 @@ def test_bfloat16_holds_half_the_bytes() -> None:
     figures = json.loads(run("generate", "--dtype", "bfloat16", "--json", "--max-tokens", "8", QUESTION).stdout)
     assert figures["text"] == "The capital of France is Paris."
     assert figures["ranks"][0]["weight_bytes"] == 538_060_032 // 2
+
+
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_without_numba_torch_decodes_and_the_summary_says_so(tp: str) -> None:
+    """Ranks then talk through gloo; nothing of the package may import numba on the way."""
+    program = "import sys; sys.modules['numba'] = None; from shardwright.cli.main import main; main()"
+    command = [sys.executable, "-c", program, "generate", "--tp", tp, "--max-tokens", "4", QUESTION]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "The capital of France\n"
+    assert done.stderr.strip().endswith("decoded by torch: numba is not installed")
 
 
 @pytest.fixture(scope="module")

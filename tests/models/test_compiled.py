@@ -10,8 +10,9 @@ from shardwright.comm.group import Group
 from shardwright.comm.single import SingleGroup
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
-from shardwright.models.compiled import CompiledStep, supports
+from shardwright.models.compiled import CompiledStep
 from shardwright.models.decoder import Decoder
+from shardwright.models.execution import obstacle
 from shardwright.testing.models import tiny_config
 from shardwright.testing.ranks import on_processes
 
@@ -85,8 +86,8 @@ def test_ranks_of_shared_memory_equal_the_torch_path(ranks: int) -> None:
 def test_what_it_does_not_take() -> None:
     """Half types other than bfloat16, prefill chunks, rows that nobody asked for."""
     model = Decoder(tiny_config(), SingleGroup())
-    assert supports(model)
-    assert not supports(Decoder(tiny_config(), SingleGroup()).half())
+    assert obstacle(model) is None
+    assert obstacle(Decoder(tiny_config(), SingleGroup()).half()) == "float16 weights"
     step = CompiledStep(model, [PagedKV(PAGE, 2, 4, torch.float32, pages=1) for _ in range(2)])
     one, two = torch.tensor([1]), torch.tensor([1, 2])
     assert step.fits(Batch(one, one, (1,), (2,), ((0,),)))

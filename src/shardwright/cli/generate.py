@@ -123,5 +123,5 @@ def _summary(report: "RunReport", tokens: int) -> str:
     return (
         f"loaded in {report.load_s:.1f} s · first token after {report.ttft_s:.2f} s · {tokens} tokens at "
         f"{report.tokens_per_s:.1f} tokens/s · {report.comm_share:.0%} of it in communication · "
-        f"MB read by rank: {read}"
+        f"MB read by rank: {read}" + (f" · decoded by torch: {report.torch_because}" if report.torch_because else "")
     )

@@ -22,7 +22,7 @@ from typing import Never, Self, final
 import shardwright.errors
 from shardwright.comm.channel import Channel, Message
 from shardwright.comm.group import Group
-from shardwright.comm.meeting import MEETINGS, Backend, Meeting
+from shardwright.comm.meeting import MEETINGS, Backend, Meeting, default_backend
 from shardwright.comm.single import SingleGroup
 from shardwright.comm.watch import AbortWord
 from shardwright.errors import AbortedError, RankError, ShardwrightError, UsageError
@@ -42,7 +42,7 @@ Body = Callable[[Group, Channel], None]
 class Job:
     """N forked ranks. Use it as a context manager: leaving it, by an exception too, leaves no process behind."""
 
-    def __init__(self, n: int, body: Body, backend: Backend = "shared_memory") -> None:
+    def __init__(self, n: int, body: Body, backend: Backend | None = None) -> None:
         if n < 1:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "try --tp 1")
         self.abort = AbortWord()
@@ -54,7 +54,7 @@ class Job:
         self._ended: dict[int, int] = {}
         self._killed: set[int] = set()
         self._driver: Channel | None = None
-        meeting = MEETINGS[backend](n)
+        meeting = MEETINGS[backend or default_backend()](n)
         gc.freeze()  # so that the children's collector does not touch, and copy, the pages shared with this process
         sys.stdout.flush()  # or each child would print what waits there once more
         sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal, Protocol, final
 
 from shardwright.comm.group import Group
@@ -62,6 +63,11 @@ class GlooMeeting:
     def close(self) -> None:
         """The ranks have inherited it."""
         os.close(self._store)
+
+
+def default_backend() -> Backend:
+    """Shared memory, whose words and sums are compiled; gloo where numba is not there to compile them."""
+    return "shared_memory" if find_spec("numba") else "gloo"
 
 
 MEETINGS: dict[Backend, Callable[[int], Meeting]] = {"shared_memory": SharedMemoryMeeting, "gloo": GlooMeeting}

@@ -15,7 +15,7 @@ from typing import Any, Self, cast, final
 
 from shardwright.comm.channel import Channel, Message
 from shardwright.comm.job import GRACE, Job, rebuilt
-from shardwright.comm.meeting import Backend
+from shardwright.comm.meeting import Backend, default_backend
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 
@@ -23,12 +23,12 @@ from shardwright.errors import RankError, ShardwrightError, UsageError
 class SpawnedJob:
     """N ranks forked by a fresh launcher process; otherwise like `Job`."""
 
-    def __init__(self, n: int, target: str, arguments: Sequence[Any] = (), backend: Backend = "shared_memory") -> None:
+    def __init__(self, n: int, target: str, arguments: Sequence[Any] = (), backend: Backend | None = None) -> None:
         if n < 1:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "pass tp=1")
         self._channel, theirs = Channel.pair()
-        fd = theirs.fileno()
-        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, backend]
+        fd, chosen = theirs.fileno(), backend or default_backend()
+        command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, chosen]
         # a process group of its own: Ctrl-C reaches the driver alone, which decides what it means
         self._process = subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL, process_group=0)
         theirs.close()

@@ -1,6 +1,6 @@
 """`Engine`: one rank's part of serving requests. Every rank runs one, in step."""
 
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 
@@ -9,8 +9,11 @@ from shardwright.engine.sampler import greedy, sample
 from shardwright.engine.scheduler import Chunk, Scheduler
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
-from shardwright.models.compiled import CompiledStep, supports
 from shardwright.models.decoder import Decoder
+from shardwright.models.execution import obstacle
+
+if TYPE_CHECKING:
+    from shardwright.models.compiled import CompiledStep
 
 PAGE = 128
 """Tokens in a KV page: short texts fit one, and a single page is read in place."""
@@ -24,9 +27,10 @@ class Engine:
         self.model = model
         self.scheduler = scheduler or Scheduler(model.config.context, PAGE)
         page, heads = self.scheduler.page, model.cuts.heads.kv_width(model.group.rank)
-        dtype = torch.float32 if supports(model) else model.embedding.weight.dtype
+        self.obstacle = obstacle(model)
+        dtype = model.embedding.weight.dtype if self.obstacle else torch.float32
         self.kv = [PagedKV(page, heads, model.config.head_size, dtype) for _ in range(model.config.layers)]
-        self.compiled = CompiledStep(model, self.kv) if supports(model) else None
+        self.compiled = None if self.obstacle else _compiled_step(model, self.kv)
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -58,6 +62,12 @@ class Engine:
         else:
             logits = self.model(batch, self.kv)
         return sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
+
+
+def _compiled_step(model: Decoder, kv: list[PagedKV]) -> "CompiledStep":
+    from shardwright.models.compiled import CompiledStep  # imports numba
+
+    return CompiledStep(model, kv)
 
 
 def batch_of(chunks: list[Chunk]) -> Batch:

@@ -30,7 +30,8 @@ class RunReport:
 
     load_s: from starting the ranks until all have loaded · ttft_s: from the request to its first token ·
     tokens_per_s: the tokens after each request's first, over the time from the first token to the last (0 where there
-    are none) · comm_share: part of the ranks' time in steps that they spent waiting for each other, their mean.
+    are none) · comm_share: part of the ranks' time in steps that they spent waiting for each other, their mean ·
+    decoded_by: `compiled`, or `torch` · torch_because: why the compiled step was not taken, or None.
     """
 
     tp: int
@@ -38,6 +39,8 @@ class RunReport:
     ttft_s: float
     tokens_per_s: float
     comm_share: float
+    decoded_by: str
+    torch_because: str | None
     ranks: list[RankReport]
 
 
@@ -95,7 +98,9 @@ class Session:
             for rank in range(self.tp)
         ]
         share = sum(shares) / len(shares) if shares else 0.0
-        return RunReport(self.tp, self.load_s, ttft_s, tokens_per_s, share, ranks)
+        obstacle = self._loaded[0]["obstacle"]
+        execution = "torch" if obstacle else "compiled"
+        return RunReport(self.tp, self.load_s, ttft_s, tokens_per_s, share, execution, obstacle, ranks)
 
     def _next(self) -> dict[str, Any]:
         message = self.driver.receive()

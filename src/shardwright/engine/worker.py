@@ -22,8 +22,9 @@ PROGRESS_EVERY = 0.05
 def serve(group: Group, channel: Channel, path: str, dtype: str | None) -> None:
     """The life of a rank."""
     loaded = load(path, group, dtype=dtype, progress=_reporter(channel) if group.rank == 0 else None)
-    channel.send({"loaded": {"weight_bytes": loaded.weight_bytes, "bytes_read": loaded.bytes_read}})
     engine = Engine(loaded.model)
+    figures = {"weight_bytes": loaded.weight_bytes, "bytes_read": loaded.bytes_read, "obstacle": engine.obstacle}
+    channel.send({"loaded": figures})
     while (message := channel.receive()) is not None:
         for request in message["requests"]:
             engine.add(_request(request))

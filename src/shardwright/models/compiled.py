@@ -1,7 +1,8 @@
 """The decode step of a decoder as one compiled call, assembled from the layers that the decoder is made of.
 
 Each layer contributes the addresses of its tensors; the arithmetic is `kernels.cpu.decode`'s. Used where every sequence
-of a batch advances by one token; anything else takes the torch path, which computes the same.
+of a batch advances by one token; anything else takes the torch path, which computes the same. `models.execution` says
+which models have one.
 """
 
 from typing import final
@@ -14,19 +15,11 @@ from torch import Tensor, nn
 from shardwright.comm.rounds import DONE, WAITED
 from shardwright.comm.segment import SLOT
 from shardwright.comm.shared_memory import SharedMemoryGroup, alone, tag_fingerprint
-from shardwright.comm.single import SingleGroup
 from shardwright.kernels.cpu import decode
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
 from shardwright.layers.norm import RMSNorm
 from shardwright.models.decoder import Decoder, DecoderLayer
-
-
-def supports(model: Decoder) -> bool:
-    """Whether this model on this group has a compiled step: float32 or bfloat16 weights on CPU ranks of one host."""
-    weight = model.embedding.weight
-    here = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
-    return here and isinstance(model.group, SingleGroup | SharedMemoryGroup)
 
 
 @final
