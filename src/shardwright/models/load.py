@@ -16,6 +16,7 @@ from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
 from shardwright.models.families import Naming
 from shardwright.models.read import read_config
+from shardwright.models.room import Room
 from shardwright.models.specs import Cuts, model_specs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -64,8 +65,9 @@ def _fill(model: Decoder, specs: Specs, checkpoint: Checkpoint, progress: Progre
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if expected != {name: spec.shape for name, spec in specs.items()}:
         raise AssertionError("models.specs and models.decoder disagree about the model's parameters")
+    room = Room(sum(spec.nbytes for spec in specs.values()), len(specs))
     for done, (name, spec) in enumerate(specs.items(), start=1):
-        weight = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        weight = room.tensor(spec.shape, DTYPES[spec.dtype])
         checkpoint.fill(weight, spec)
         module, _, parameter = name.rpartition(".")
         model.get_submodule(module).register_parameter(parameter, nn.Parameter(weight))
