@@ -34,6 +34,10 @@ def letters_to_rank_1(group: Group) -> None:
     group.send(torch.ones(LARGE), 1, tag="unread")
 
 
+def letters_to_rank_0(group: Group) -> None:
+    group.send(torch.ones(LARGE), 0, tag="unread")
+
+
 OPERATIONS: dict[str, Callable[[Group], object]] = {
     "all_reduce small": lambda group: group.all_reduce(torch.ones(3)),
     "all_reduce large": lambda group: group.all_reduce(torch.ones(LARGE)),
@@ -83,7 +87,49 @@ def leaves(group: Group, operation: str, folder: Path) -> None:
         OPERATIONS[operation](group)
 
 
-BODIES = {"dies": dies, "dies midway": dies_midway, "stops": stops, "leaves": leaves}
+def wait_for_each_other(group: Group, operation: str, folder: Path) -> None:
+    """Rank 1 calls what nobody else does, and everyone waits for ever."""
+    if group.rank == 1:
+        (folder / "died").write_text(str(time.monotonic()))
+        MISTAKES[operation](group)
+    else:
+        OPERATIONS["all_reduce large"](group)
+
+
+def others_in_a_split(group: Group, operation: str, folder: Path) -> None:
+    """Ranks 0 and 1 meet in a group of their own, where rank 1 waits for a letter from outside it."""
+    pair = group.split([0, 1] if group.rank < 2 else [2])
+    if group.rank == 1:
+        (folder / "died").write_text(str(time.monotonic()))
+        group.recv((3,), torch.float32, 2, tag="never sent")
+    pair.barrier(tag="pair")
+    group.barrier(tag="all")
+
+
+def with_much_under_way(group: Group, operation: str, folder: Path) -> None:
+    """All have letters and a collective open beside the circle they wait in."""
+    following = (group.rank + 1) % RANKS
+    group.send_async(torch.ones(LARGE), following, tag="unread")
+    group.all_reduce_async(torch.ones(LARGE), tag="fine")
+    if group.rank == 1:
+        (folder / "died").write_text(str(time.monotonic()))
+    group.recv((3,), torch.float32, following, tag="never sent")
+
+
+MISTAKES: dict[str, Callable[[Group], object]] = {
+    "recv": lambda group: group.recv((3,), torch.float32, 0, tag="never sent"),
+    "send": letters_to_rank_0,
+}
+
+BODIES = {
+    "dies": dies,
+    "dies midway": dies_midway,
+    "stops": stops,
+    "leaves": leaves,
+    "circle": wait_for_each_other,
+    "circle split": others_in_a_split,
+    "circle busy": with_much_under_way,
+}
 
 CASES = [
     *(("dies", operation) for operation in OPERATIONS),
@@ -91,6 +137,10 @@ CASES = [
     ("stops", "all_reduce small"),
     ("stops", "recv"),
     ("leaves", "recv"),
+    ("circle", "recv"),
+    ("circle", "send"),
+    ("circle split", "recv"),
+    ("circle busy", "recv"),
 ]
 
 

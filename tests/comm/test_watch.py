@@ -40,9 +40,17 @@ def computing() -> Iterator[int]:
         process.kill()
 
 
+class NoCircle:
+    """Nobody else waits."""
+
+    def turn(self, waiting_for: object) -> None: ...
+
+    def over(self) -> None: ...
+
+
 def looked_at(pid: int, timeout_s: float, seconds: float) -> Patience:
     """The patience of a wait for that process which has gone on for some time."""
-    patience, end = Patience(timeout_s), time.monotonic() + seconds
+    patience, end = Patience(timeout_s, NoCircle()), time.monotonic() + seconds
     while time.monotonic() < end:
         patience.check({3: pid}, "all_reduce 'x'")
         time.sleep(0.01)
@@ -175,4 +183,25 @@ def test_a_rank_that_left_is_missed_in_a_letter(deaths: dict[str, Any]) -> None:
     found = deaths["leaves recv"]
     assert found["message"].startswith(f"rank 1 (pid {found['pid']}) returned while others waited: recv")
     assert found["soon"] < ABORT_GRACE + 2 * SOON
+    assert found["left"] == []
+
+
+@pytest.mark.parametrize(
+    ("circle", "called"),
+    [
+        ("circle recv", "rank 0 in all_reduce of float32 (shape [524288]), rank 1 in recv 'never sent' of float32"),
+        ("circle send", "rank 0 in all_reduce of float32 (shape [524288]), rank 1 in send 'unread' of float32"),
+        ("circle split recv", "rank 0 in barrier 'pair' of int8, rank 1 in recv 'never sent' of float32"),
+        ("circle busy recv", "rank 0 in recv 'never sent' of float32 (shape [3], from rank 1), rank 1 in recv"),
+    ],
+)
+def test_ranks_that_wait_for_each_other_are_told(deaths: dict[str, Any], circle: str, called: str) -> None:
+    """Nobody is dead or stopped, and each alone sees a peer that is alive."""
+    found = deaths[circle]
+    assert found["type"] == "CommError"
+    assert found["message"].startswith(f"ranks wait for each other: {called}")
+    assert found["message"].endswith("all ranks make the same calls in one order")
+    assert {verdict["type"] for verdict in found["told"]} <= {"CommError", "AbortedError"}
+    assert len(found["told"]) == 2
+    assert found["soon"] < SOON
     assert found["left"] == []

@@ -29,9 +29,11 @@ def check_ranks(tp: int) -> int:
 def join(timeout_s: float = 60.0) -> "Group":
     """This process's group in a job started by `torchrun`, from the environment that it sets; alone, a group of one.
 
+    Ranks that are all on one host share memory; others, and those without numba, talk through gloo.
+
     Raises:
         UsageError: the environment names a job only in part, or not in numbers.
-        CommError: nobody answers there.
+        CommError: nobody answers there, or a rank does not come.
     """
     from shardwright.comm.single import SingleGroup
 
@@ -47,8 +49,9 @@ def join(timeout_s: float = 60.0) -> "Group":
         raise UsageError("RANK", rank, f"a job of {size} has ranks 0…{size - 1}", "start it with torchrun")
     if size == 1:
         return SingleGroup()
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+    from shardwright.comm.joined import joined_over_memory
     from shardwright.comm.torch_group import TorchGroup
     from shardwright.comm.watch import AbortWord
 
@@ -57,7 +60,9 @@ def join(timeout_s: float = 60.0) -> "Group":
         store = TCPStore(master, port, size, False, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise CommError(f"rank {rank} of {size} found nobody at {master}:{port} within {timeout_s:g} s") from error
-    return TorchGroup(store, tuple(range(size)), rank, AbortWord(), _own_address(master))
+    ours = PrefixStore(f"shardwright/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    group = joined_over_memory(ours, rank, size, timeout_s)
+    return group or TorchGroup(ours, tuple(range(size)), rank, AbortWord(), _own_address(master))
 
 
 def _number(name: str, text: str) -> int:

@@ -24,6 +24,7 @@ from shardwright.comm.segment import (
     put_text,
     text_of,
 )
+from shardwright.comm.standstill import Standstill
 from shardwright.comm.watch import AbortWord, Patience, poll
 from shardwright.errors import CommError
 
@@ -74,18 +75,20 @@ class _Letter(Handle):
             chunk.copy_(room)
             write_word(self._address + LETTER_READ, read + 1)
         self._moved += MAILBOX
+        self._mail.circle.moved()
         self.ended = self._moved >= self._bytes.numel()
         return True
 
     def _finish(self) -> Tensor:
-        patience, pids = Patience(self._timeout_s), self._mail.segment
+        peer = self._mail.segment.words(self._peer)
+        with Patience(self._timeout_s, self._mail.circle) as patience:
 
-        def arrived() -> bool:
-            if not self.done():
-                patience.check({self._peer: int(pids.words(self._peer)[PID])}, self.call)
-            return self.ended
+            def arrived() -> bool:
+                if not self.done():
+                    patience.check({self._peer: int(peer[PID])}, self.call)
+                return self.ended
 
-        poll(arrived, self._mail.abort, self.call)
+            poll(arrived, self._mail.abort, self.call)
         return self._x
 
 
@@ -93,11 +96,13 @@ class _Letter(Handle):
 class Mailboxes:
     """All letters of one rank that have not arrived yet, in the order they were given, a queue for each box.
 
-    kin: the groups, this one among them, that advance while this rank waits for a letter.
+    kin: the groups, this one among them, that advance while this rank waits for a letter · circle: told of what moves.
     """
 
-    def __init__(self, segment: Segment, rank: int, abort: AbortWord, kin: "WeakSet[Advancing]") -> None:
-        self.segment, self.rank, self.abort, self._kin = segment, rank, abort, kin
+    def __init__(
+        self, segment: Segment, rank: int, abort: AbortWord, kin: "WeakSet[Advancing]", circle: Standstill
+    ) -> None:
+        self.segment, self.rank, self.abort, self._kin, self.circle = segment, rank, abort, kin, circle
         self._queues: dict[tuple[int, int], deque[_Letter]] = {}
 
     def send(self, x: Tensor, destination: int, call: Call, timeout_s: float) -> Handle:

@@ -19,12 +19,12 @@ from shardwright.errors import CommError
 STRIDE = 128
 """Bytes of a rank's control words: a pair of cache lines, so that no two ranks write to the same."""
 
-POSTED, FINGERPRINT, SLEEPERS, PID, TOLD = 0, 1, 3, 4, 5
+POSTED, FINGERPRINT, SLEEPERS, PID, TOLD, WAITING, MOVES, TURNS, LEFT = 0, 1, 3, 4, 5, 6, 7, 8, 9
 """Which control word is what: rounds posted · fingerprints of the last even and odd round · how many sleep on the first
-word · the process · the round whose text lies in `text`."""
+word · the process · the round whose text lies in `text` · three of `comm.standstill` · whether a rank has left well."""
 
 TEXT = 512
-"""Bytes in which a rank says what it called, once ranks disagree."""
+"""Bytes in which a rank says what it called, once ranks disagree, or what it waits for, once that takes long."""
 
 SLOT = 1 << 19
 """Bytes of a slot: two of each rank stay in a core's share of the cache."""
@@ -36,7 +36,8 @@ LETTER_WRITTEN, LETTER_READ, LETTER_NAME, LETTER_TEXT = 0, 8, 16, 24
 """Where a mailbox's control line keeps the counts of chunks written and read, and of the letter in it the fingerprint,
 and in what is left of the line, in words, what was called."""
 
-NAP_NS = 1_000_000
+NAP_NS, NAP_SIZE = 1_000_000, 16
+"""The timespec in which waits sleep, at the segment's beginning."""
 
 
 @final
@@ -65,6 +66,16 @@ class Segment:
     def nap(self) -> int:
         """Address of the timespec in which waits sleep."""
         return self.address
+
+    @property
+    def stuck(self) -> int:
+        """Address of a word that is set once ranks are known to wait for each other."""
+        return self.address + NAP_SIZE
+
+    @property
+    def abort(self) -> memoryview:
+        """Room for an abort word, for ranks that have inherited none."""
+        return self._bytes[NAP_SIZE + 8 : NAP_SIZE + 16].data
 
     @property
     def control(self) -> int:

@@ -22,6 +22,7 @@ from shardwright.comm.exchanges import Exchanges, Rounds, fingerprint_of, is_pla
 from shardwright.comm.group import Call, Done, Group, Handle, put
 from shardwright.comm.mailbox import Advancing, Mailboxes
 from shardwright.comm.segment import PID, POSTED, TOLD, Segment, put_text, text_of
+from shardwright.comm.standstill import Standstill
 from shardwright.comm.watch import AbortWord, Patience
 from shardwright.errors import CommError
 
@@ -73,7 +74,8 @@ class SharedMemoryGroup(Group):
         self.segment, self.abort, self.timeout_s = segment, abort, timeout_s
         self.kin: WeakSet[Advancing] = parent.kin if parent else WeakSet()
         self.kin.add(self)
-        self.mail = Mailboxes(segment, rank, abort, self.kin)
+        self.circle: Standstill = parent.circle if parent else Standstill(segment, rank)
+        self.mail = Mailboxes(segment, rank, abort, self.kin, self.circle)
         self._queue: deque[_Exchange] = deque()
         self._stuck: Call | None = None
         self._known: dict[tuple[str, torch.Size], int] = {}
@@ -156,6 +158,7 @@ class SharedMemoryGroup(Group):
 
     def _step(self) -> None:
         """Run the first exchange to its next round; where it ends, begin the one behind it."""
+        self.circle.moved()
         while self._queue:
             self._stuck = self._queue[0].call  # and so it stays, if its step raises
             try:
@@ -184,15 +187,16 @@ class SharedMemoryGroup(Group):
         """See a wait through to its end, or raise why it has none."""
         if code == rounds.DONE:
             return
-        self._stuck, patience, turns = call, Patience(self.timeout_s), 0
-        while code != rounds.DONE:
-            if code >= rounds.DIFFERENT:
-                raise self._disagreement(code - rounds.DIFFERENT, call)
-            self.abort.check(call)
-            self.mail.advance_all()
-            patience.check(self._missing(), call)
-            turns += 1
-            code = rounds.await_all(self.state, fingerprint, self._sleeps(turns))
+        self._stuck, turns = call, 0
+        with Patience(self.timeout_s, self.circle) as patience:
+            while code != rounds.DONE:
+                if code >= rounds.DIFFERENT:
+                    raise self._disagreement(code - rounds.DIFFERENT, call)
+                self.abort.check(call)
+                self.mail.advance_all()
+                patience.check(self._missing(), call)
+                turns += 1
+                code = rounds.await_all(self.state, fingerprint, self._sleeps(turns))
         self._stuck = None
 
     def _missing(self) -> dict[int, int]:

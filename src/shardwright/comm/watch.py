@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Protocol, Self, final
 
 from shardwright.errors import AbortedError, CommError
 
@@ -24,14 +24,14 @@ ENDED = ("gone", "Z", "X")
 class AbortWord:
     """An integer shared by the ranks of a host and their launcher: 0, or 1 + the rank that failed first.
 
-    It lives in anonymous memory inherited at the fork, so nothing of it is left when the job ends. Compiled waits look
-    at it by its address.
+    It lives in anonymous memory inherited at the fork, so nothing of it is left when the job ends; or in shared
+    `memory` of 8 bytes, where ranks have joined. Compiled waits look at it by its address.
     """
 
-    def __init__(self) -> None:
-        page = mmap.mmap(-1, mmap.PAGESIZE)
-        self._word = memoryview(page).cast("q")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    def __init__(self, memory: memoryview | None = None) -> None:
+        room = memory if memory is not None else memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        self._word = room.cast("q")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(room))
 
     def set(self, rank: int) -> None:
         """Say that `rank` failed; the first to say so is kept."""
@@ -67,26 +67,46 @@ def state_of(pid: int) -> tuple[str, float]:
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class Circle(Protocol):
+    """What notices that ranks wait for each other; see `comm.standstill`, which needs compiled words."""
+
+    def turn(self, waiting_for: object) -> None:
+        """Count a look that found nothing, and raise if no look ever will."""
+
+    def over(self) -> None:
+        """The wait has ended."""
+
+
 @final
 class Patience:
-    """How long one wait may go on: without end while the missing ranks compute, `timeout_s` while they show no life."""
+    """How long one wait may go on: without end while the missing ranks compute, `timeout_s` while they show no life.
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    A context, which ends with the wait. circle: told of the wait's fruitless turns, and of its end.
+    """
+
+    def __init__(self, timeout_s: float, circle: Circle) -> None:
+        self.timeout_s, self._circle = timeout_s, circle
         self._last: dict[int, tuple[float, float]] = {}
         self._next = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._circle.over()
 
     def check(self, missing: Mapping[int, int], waiting_for: object) -> None:
         """Look at the missing ranks (rank → pid, 0 of one that has not joined yet), unless that was just done.
 
         Raises:
-            CommError: one has computed nothing for too long.
+            CommError: one has computed nothing for too long, or ranks wait for each other.
             AbortedError: one has ended; the launcher has had a moment to say of what.
         """
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + GLANCE
+        self._circle.turn(waiting_for)
         for rank, pid in missing.items():
             state, computed = state_of(pid) if pid else ("not joined", 0.0)
             since, before = self._last.get(rank, (now, -1.0))

@@ -1,7 +1,7 @@
 """`Room`: one block of memory for all of a rank's weights.
 
-Asked for in huge pages: decoding reads every weight once a token, and with pages of 4 KiB the processor spends that time
-looking addresses up (`benchmarks/NOTES.md`). It is also filled faster, as it takes fewer faults.
+Asked for in huge pages: decoding reads every weight once a token, and with pages of 4 KiB the processor spends that
+time looking addresses up (`benchmarks/NOTES.md`). It is also filled faster, as it takes fewer faults.
 """
 
 import mmap
