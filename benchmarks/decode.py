@@ -66,8 +66,8 @@ def cases(options: Options) -> Iterator[Case]:
     """Our ranks live as long as their case; before each of their runs the bandwidth is read."""
     with Bandwidth(2) as bandwidth:
         for subject in CASES:
-            if not options.wants(str(subject)):
-                continue
+            if not options.wants(str(subject)) or not (subject.model == "smollm2" or peers.installed("transformers")):
+                continue  # transformers makes the other model
             path = embedded_model() if subject.model == "smollm2" else peers.directory(subject.model)
             with LLM(path, tp=subject.tp, dtype=DTYPES[subject.short]) as llm:
                 prompt = llm.source.encode(PROMPT, raw=False)

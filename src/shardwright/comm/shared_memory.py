@@ -109,11 +109,12 @@ class SharedMemoryGroup(Group):
 
     def all_reduce(self, x: Tensor, *, out: Tensor | None = None, tag: str = "") -> Tensor:
         """The sum of every rank's `x`, on every rank; small float32 tensors take one compiled call."""
-        y = torch.empty_like(x) if out is None else out
-        small = x.nbytes <= self._exchanges.one_shot and is_plain(x) and is_plain(y) and y.shape == x.shape
-        if not small or self._ledger.open or self._queue or self._stuck or self.size == 1:
+        small = x.nbytes <= self._exchanges.one_shot and is_plain(x)
+        fits = out is None or (is_plain(out) and out.shape == x.shape)
+        if not (small and fits) or self._ledger.open or self._queue or self._stuck or self.size == 1:
             return super().all_reduce(x, out=out, tag=tag)
         start = time.perf_counter()
+        y = torch.empty_like(x) if out is None else out
         key = (tag, x.shape)
         fingerprint = self._known.get(key) or self._known.setdefault(key, fingerprint_of(_plain_call(x, tag)))
         code = rounds.all_reduce_float32(self.state, fingerprint, x.data_ptr(), y.data_ptr(), x.numel())

@@ -14,12 +14,13 @@ SIZES = (0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 308, 577)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", SIZES)
 @pytest.mark.parametrize("rows", [0, 1, 37])
-def test_matvec(rows: int, width: int, half: bool) -> None:
+@pytest.mark.parametrize("vectors", [1, 4, 11])
+def test_matvec(vectors: int, rows: int, width: int, half: bool) -> None:
     """1e-6 of the sum of magnitudes: float32 products summed in another order, some 5 roundings deep."""
     generator = torch.Generator().manual_seed(width)
-    w, x = torch.randn(rows, width, generator=generator), torch.randn(3, width, generator=generator)
+    w, x = torch.randn(rows, width, generator=generator), torch.randn(vectors, width, generator=generator)
     w = w.bfloat16() if half else w
-    y = np.full((3, rows), np.nan, np.float32)
+    y = np.full((vectors, rows), np.nan, np.float32)
     blocks.matvec(w.view(torch.uint16).numpy() if half else w.numpy(), x.numpy(), y)
     exact, magnitude = x.double() @ w.double().T, x.abs().double() @ w.abs().double().T
     assert (torch.from_numpy(y) - exact).abs().le(1e-6 * magnitude).all()

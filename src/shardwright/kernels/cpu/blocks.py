@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import njit, types
 
-from shardwright.kernels.cpu.vectors import STEP, dot, widened
+from shardwright.kernels.cpu.vectors import STEP, TOGETHER, dot, dots_together, widened
 
 BLOCK = 1 << 17
 """Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
@@ -17,18 +17,22 @@ BLOCK = 1 << 17
 
 @njit(fastmath=True, nogil=True)
 def matvec(w: Any, x: Any, y: Any) -> None:
-    """`y [B, O] = x [B, I] @ w [O, I].T`."""
+    """`y [B, O] = x [B, I] @ w [O, I].T`; x is contiguous."""
     rows, width = w.shape
-    whole, step = width // STEP * STEP, BLOCK // max(width, 1) + 1
+    vectors, whole, step = x.shape[0], width // STEP * STEP, BLOCK // max(width, 1) + 1
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        for b in range(x.shape[0]):
-            vector = x[b]
+        grouped = vectors // TOGETHER * TOGETHER if whole else 0
+        for b in range(0, grouped, TOGETHER):
             for o in range(first, last):
-                y[b, o] = dot(w[o], vector, whole) if whole else types.float32(0)
-            if whole < width:
+                y[b, o], y[b + 1, o], y[b + 2, o], y[b + 3, o] = dots_together(w[o], x, b, whole)
+        for b in range(grouped, vectors):
+            for o in range(first, last):
+                y[b, o] = dot(w[o], x, b, whole)[0] if whole else types.float32(0)
+        if whole < width:
+            for b in range(vectors):
                 for o in range(first, last):
-                    y[b, o] += _rest(w[o], vector, whole)
+                    y[b, o] += _rest(w[o], x[b], whole)
 
 
 @njit(fastmath=True, nogil=True)
