@@ -12,8 +12,8 @@ from numba.extending import intrinsic
 
 from shardwright.comm.compiled import compiled
 
-WORD = 8
-"""Bytes of a shared word."""
+WORD, LINE = 8, 64
+"""Bytes of a shared word, and of a cache line."""
 
 YIELDS, SLEEPS = 200, 100
 """Looks at a word between spinning and sleeping, and the most sleeps before a wait gives its caller a turn."""
@@ -60,6 +60,21 @@ def fetch_add(typing: Any, address: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", _pointer(builder, arguments[0]), arguments[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def claim(typing: Any, address: Any) -> Any:
+    """Ask for the line at an address, any address, in order to write to it; waits for nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_write, first_cache, data = flag(1), flag(3), flag(1)
+        builder.call(prefetch, [builder.inttoptr(arguments[0], byte), to_write, first_cache, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 def pointer_to(numba_type: Any, bits: Any) -> Any:

@@ -47,8 +47,9 @@ class Exchanges:
         flat, total = x.view(-1), y.detach().view(-1)
         plain = is_plain(x) and is_plain(y)
         if x.nbytes <= self.one_shot:
-            buffer = self._buffer()
-            slots = [_typed(self._segment.slot(rank, buffer), x.dtype, flat.numel()) for rank in range(self._size)]
+            buffer, at = self._buffer(), rounds.corner(self._state[rounds.EXCHANGE], x.nbytes)
+            whole = [self._segment.slot(rank, buffer)[at:] for rank in range(self._size)]
+            slots = [_typed(slot, x.dtype, flat.numel()) for slot in whole]
             slots[self._rank].copy_(flat)
             self._post(call)
             yield

@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 
-from shardwright.comm.atomics import SLEEPS, await_word, load_acquire, pointer_to, publish, store_release
+from shardwright.comm.atomics import LINE, SLEEPS, await_word, claim, load_acquire, pointer_to, publish, store_release
 from shardwright.comm.compiled import compiled
 from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
 
@@ -21,8 +21,15 @@ waited inside compiled code · two words in which it reads the clock."""
 
 LENGTH = CLOCK + 2
 
-LINE, BLOCK = 16, 1024
-"""Floats of a cache line, and of what is summed at a time."""
+FLOATS, STRETCH, BLOCK = LINE // 4, 128, 1024
+"""Floats of a cache line, of what is copied at a time, and of what is summed at a time."""
+
+AHEAD = 1024
+"""Bytes by which a line is claimed before it is written: the other ranks' caches have to let go of it first."""
+
+CORNER = 1 << 16
+"""Bytes of a slot in which a small tensor lies; the next one lies in the next, so that its lines have left the other
+ranks' caches when they are written again."""
 
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
@@ -79,11 +86,24 @@ def _slot(state: Any, rank: int, exchange: int) -> int:
     return state[SLOTS] + (2 * rank + (exchange & 1)) * SLOT
 
 
+@compiled("int64(int64, int64)")
+def corner(exchange: int, nbytes: int) -> int:
+    """Where in its slot a tensor of so many bytes, a slot's at most, begins."""
+    room = max(1, -(-nbytes // CORNER)) * CORNER
+    return (exchange >> 1) % (SLOT // room) * room
+
+
 @compiled("void(int64, int64, int64)")
 def _copy(target: int, source: int, n: int) -> None:
     """Floats from one address to another."""
     to, what = carray(_floats(target), (n,)), carray(_floats(source), (n,))
-    for i in range(n):
+    whole = n // STRETCH * STRETCH
+    for start in range(0, whole, STRETCH):
+        for line in range(4 * start, 4 * (start + STRETCH), LINE):
+            claim(target + line + AHEAD)
+        for i in range(start, start + STRETCH):
+            to[i] = what[i]
+    for i in range(whole, n):
         to[i] = what[i]
 
 
@@ -105,18 +125,18 @@ def _add_to(total: int, part: int, n: int) -> None:
 
 @compiled("void(int64[::1], int64, int64)")
 def sum_float32(state: Any, out: int, n: int) -> None:
-    """`out` = the sum of all slots of this exchange, two or more, in rank order."""
-    exchange = state[EXCHANGE]
-    _add(out, _slot(state, 0, exchange), _slot(state, 1, exchange), n)
+    """`out` = the sum of all small tensors of this exchange, two or more, in rank order."""
+    exchange, at = state[EXCHANGE], corner(state[EXCHANGE], 4 * n)
+    _add(out, _slot(state, 0, exchange) + at, _slot(state, 1, exchange) + at, n)
     for rank in range(2, state[RANKS]):
-        _add_to(out, _slot(state, rank, exchange), n)
+        _add_to(out, _slot(state, rank, exchange) + at, n)
 
 
 @compiled("int64(int64[::1], int64, int64, int64, int64)")
 def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> int:
     """Copy x into the slot, post, wait, sum: n elements that fit a slot. Unless `DONE`, the sum is still to be made."""
     state[EXCHANGE] += 1
-    _copy(_slot(state, state[RANK], state[EXCHANGE]), x, n)
+    _copy(_slot(state, state[RANK], state[EXCHANGE]) + corner(state[EXCHANGE], 4 * n), x, n)
     post(state, fingerprint)
     code = await_all(state, fingerprint, SLEEPS)
     if code == DONE:
@@ -127,7 +147,7 @@ def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -
 @compiled("int64(int64, int64, int64)")
 def _edge(n: int, rank: int, ranks: int) -> int:
     """Where a rank's share of n elements begins: at a whole cache line."""
-    return n if rank == ranks else n * rank // ranks // LINE * LINE
+    return n if rank == ranks else n * rank // ranks // FLOATS * FLOATS
 
 
 @compiled("void(int64[::1], int64, int64, int64)")
