@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from shardwright.kernels.cpu import blocks
-from shardwright.kernels.cpu.vectors import STEP
+from shardwright.kernels.cpu.vectors import STEP, exp32
 
 SIZES = (0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 308, 577)
 """Lengths of rows: nothing, less than a step of vectors, whole steps, and a rest behind them."""
@@ -14,7 +14,7 @@ SIZES = (0, 1, STEP - 1, STEP, STEP + 1, 2 * STEP, 308, 577)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", SIZES)
 @pytest.mark.parametrize("rows", [0, 1, 37])
-@pytest.mark.parametrize("vectors", [1, 4, 11])
+@pytest.mark.parametrize("vectors", [1, 4, 23])
 def test_matvec(vectors: int, rows: int, width: int, half: bool) -> None:
     """1e-6 of the sum of magnitudes: float32 products summed in another order, some 5 roundings deep."""
     generator = torch.Generator().manual_seed(width)
@@ -48,3 +48,24 @@ def test_a_bfloat16_row_is_copied_as_float32() -> None:
     y = np.zeros(33, np.float32)
     blocks.copy_row(row.view(torch.uint16).numpy(), y)
     assert (torch.from_numpy(y) == row.float()).all()
+
+
+def test_exp32() -> None:
+    """2e-7: a polynomial's 1e-7 and a rounding or two, of float64's. Beyond ±87 it stays where it is."""
+    x = np.linspace(-87, 87, 1_000_001, dtype=np.float32)
+    ours = np.array([exp32(v) for v in x[::97]])
+    np.testing.assert_allclose(ours, np.exp(x[::97].astype(np.float64)), rtol=2e-7)
+    assert exp32(np.float32(0)) == 1
+    assert exp32(np.float32(-np.inf)) == exp32(np.float32(-87)) < 2e-38
+    assert exp32(np.float32(1000)) == exp32(np.float32(87)) > 6e37
+
+
+@pytest.mark.parametrize("width", [0, 1, 33])
+def test_swiglu(width: int) -> None:
+    """1e-6: a product of three float32 roundings, and large gates of both signs."""
+    gate, up = (torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    gate *= 40
+    y = np.full((2, width), np.nan, np.float32)
+    blocks.swiglu(torch.cat((gate, up), 1).numpy(), y)
+    exact = torch.nn.functional.silu(gate.double()) * up
+    torch.testing.assert_close(torch.from_numpy(y).double(), exact, rtol=1e-6, atol=1e-30)

@@ -4,33 +4,62 @@ Values are float32; weights are float32, or bfloat16 as its bits, widened as the
 (`fastmath`), so results equal the torch path's to rounding. A function writes its result into its last argument.
 """
 
-from math import exp, sqrt
+from math import sqrt
 from typing import Any
 
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 
-from shardwright.kernels.cpu.vectors import STEP, TOGETHER, dot, dots_together, widened
+from shardwright.kernels.cpu.vectors import STEP, exp32, products, widened
 
 BLOCK = 1 << 17
 """Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
 
 
+def _meeting(rows: int, vectors: int, chains: int) -> Any:
+    """A loop in which that many rows at a time meet that many vectors at a time."""
+    product = products(rows, vectors, chains)
+
+    @njit(fastmath=True, nogil=True)
+    def meet(w: Any, x: Any, y: Any, first: int, last: int, begin: int, stop: int) -> int:
+        """From `begin` on, whole groups of vectors meet the rows from `first` to `last`; the first vector left over."""
+        whole = first + (last - first) // rows * rows
+        end = begin + (x.shape[0] - begin) // vectors * vectors
+        for b in range(begin, end, vectors):
+            for o in range(first, whole, rows):
+                found = product(w, o, x, b, stop)
+                for r in range(rows):
+                    for v in range(vectors):
+                        y[b + v, o + r] = found[r * vectors + v]
+            for o in range(whole, last):
+                for v in range(vectors):
+                    y[b + v, o] = one(w, o, x, b + v, stop)[0]
+        return end
+
+    return meet
+
+
+one = products(1, 1, 2)
+_meet_one, _meet_four = _meeting(1, 1, 2), _meeting(1, 4, 1)
+_meet_eight = _meeting(2, 8, 1) if get_host_cpu_features().get("avx512f") else _meet_four
+"""Sixteen sums take 32 registers; where there are 16, four are as good."""
+
+
 @njit(fastmath=True, nogil=True)
 def matvec(w: Any, x: Any, y: Any) -> None:
-    """`y [B, O] = x [B, I] @ w [O, I].T`; x is contiguous."""
+    """`y [B, O] = x [B, I] @ w [O, I].T`; w and x are contiguous."""
     rows, width = w.shape
-    vectors, whole, step = x.shape[0], width // STEP * STEP, BLOCK // max(width, 1) + 1
+    whole, step = width // STEP * STEP, BLOCK // max(width, 1) + 1
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        grouped = vectors // TOGETHER * TOGETHER if whole else 0
-        for b in range(0, grouped, TOGETHER):
-            for o in range(first, last):
-                y[b, o], y[b + 1, o], y[b + 2, o], y[b + 3, o] = dots_together(w[o], x, b, whole)
-        for b in range(grouped, vectors):
-            for o in range(first, last):
-                y[b, o] = dot(w[o], x, b, whole)[0] if whole else types.float32(0)
+        if whole:
+            b = _meet_eight(w, x, y, first, last, 0, whole)
+            b = _meet_four(w, x, y, first, last, b, whole)
+            _meet_one(w, x, y, first, last, b, whole)
+        else:
+            y[:, first:last] = 0
         if whole < width:
-            for b in range(vectors):
+            for b in range(x.shape[0]):
                 for o in range(first, last):
                     y[b, o] += _rest(w[o], x[b], whole)
 
@@ -88,7 +117,7 @@ def swiglu(gate_up: Any, y: Any) -> None:
     for b in range(y.shape[0]):
         for i in range(width):
             gate = gate_up[b, i]
-            y[b, i] = gate / (types.float32(1) + types.float32(exp(-gate))) * gate_up[b, width + i]
+            y[b, i] = gate / (types.float32(1) + exp32(-gate)) * gate_up[b, width + i]
 
 
 @njit(fastmath=True, nogil=True)
@@ -109,11 +138,13 @@ def attend(q: Any, keys: Any, values: Any, table: Any, held: int, kv_index: Any,
             scores[t] = score * scale
             top = max(top, scores[t])
         total = types.float32(0)
+        for t in range(held):
+            scores[t] = exp32(scores[t] - top)
+            total += scores[t]
         for i in range(size):
             y[h, i] = 0
         for t in range(held):
-            weight = types.float32(exp(scores[t] - top))
-            total += weight
+            weight = scores[t]
             value = values[table[t // page], t % page, k]
             for i in range(size):
                 y[h, i] += weight * value[i]

@@ -1,29 +1,27 @@
 """Products of a row of weights with vectors, spelled out in the processor's own vectors.
 
 Left to itself the compiler widens bfloat16 weights in a loop too long to keep enough of the memory's answers under way,
-and the processor's own prefetching ends at each page (`benchmarks/NOTES.md` has the figures). One row is read at a
-time: two or four at once are two to three times slower where that was tried.
+and the processor's own prefetching ends at each page (`benchmarks/NOTES.md` has the figures).
 """
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
-LANES, CHAINS = 16, 2
-"""Elements of a vector, and sums under way beside each other, so that an addition need not wait for the one before."""
+LANES = 16
+"""Elements of a vector."""
 
-STEP = LANES * CHAINS
+STEP = 2 * LANES
+"""Elements that a turn of the loops takes of each row."""
 
 LINE = 64
 """Bytes that memory hands over at a time."""
 
 AHEAD = 4096
 """Bytes by which a row's memory is asked for before it is used; it may lie behind the row."""
-
-TOGETHER = 4
-"""Vectors that meet a row's weights while those are in registers, where there are so many."""
 
 _FLOATS, _WORDS, _HALVES = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.IntType(32), ir.IntType(16)))
 _INDEX = ir.IntType(64)
@@ -42,52 +40,89 @@ def widened(typing: Any, value: Any) -> Any:
     return types.float32(value), generate
 
 
-def _dots(count: int, chains: int) -> Any:
-    """For compiled code: the products of a row with that many vectors, each summed in that many chains."""
+@intrinsic
+def _float_of(typing: Any, bits: Any) -> Any:
+    """The float32 that 32 bits stand for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@njit(nogil=True)
+def exp32(x: Any) -> Any:
+    """e^x in float32 to 2e-7 of it, within ±87, and at the nearest of those beyond.
+
+    Plain arithmetic, so that loops of it become vectors, which loops of the C library's do not: x is n ln 2 + r, e^r a
+    polynomial (Cephes' `expf`, Moshier 1992), and n goes into the exponent's bits.
+    """
+    x = min(max(x, types.float32(-87.0)), types.float32(87.0))
+    n = np.floor(x * types.float32(1.44269504) + types.float32(0.5))
+    r = x - n * types.float32(0.693359375) + n * types.float32(2.12194440e-4)
+    p = types.float32(1.9875691500e-4)
+    p = p * r + types.float32(1.3981999507e-3)
+    p = p * r + types.float32(8.3334519073e-3)
+    p = p * r + types.float32(4.1665795894e-2)
+    p = p * r + types.float32(1.6666665459e-1)
+    p = p * r + types.float32(5.0000001201e-1)
+    return (p * r * r + r + types.float32(1)) * _float_of((types.int32(n) + types.int32(127)) << types.int32(23))
+
+
+def products(rows: int, vectors: int, chains: int) -> Any:
+    """For compiled code: the products of so many rows with so many vectors, which stay in registers meanwhile.
+
+    chains: sums under way for each product, so that an addition need not wait for the one before.
+    """
 
     @intrinsic
-    def dots(typing: Any, row: Any, x: Any, b: Any, stop: Any) -> Any:
-        """`sum row[i] * x[b + v, i]` over i < stop for each v < count; stop is a multiple of `STEP` above 0.
+    def product(typing: Any, w: Any, o: Any, x: Any, b: Any, stop: Any) -> Any:
+        """`sum w[o + r, i] * x[b + v, i]` over i < stop, at place `r * vectors + v`; stop: multiple of `STEP` above 0.
 
-        row: float32, or the bits of bfloat16 · x `[B, I]`: float32, contiguous.
+        w `[O, I]`: float32, or the bits of bfloat16 · x `[B, I]`: float32; both contiguous.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            rows, xs = (
-                context.make_array(kind)(context, builder, array)
-                for kind, array in zip(signature.args[:2], arguments[:2], strict=True)
+            weights, values = (
+                context.make_array(signature.args[i])(context, builder, arguments[i]).data for i in (0, 2)
             )
-            width = builder.extract_value(xs.shape, 1)
-            vectors = [
-                builder.gep(xs.data, [builder.mul(width, builder.add(arguments[2], _INDEX(v)))]) for v in range(count)
-            ]
-            sums = _loop(builder, rows.data, vectors, chains, arguments[3])
+            width = builder.extract_value(
+                context.make_array(signature.args[2])(context, builder, arguments[2]).shape, 1
+            )
+
+            def lines(data: Any, first: Any, count: int) -> list[Any]:
+                return [builder.gep(data, [builder.mul(width, builder.add(first, _INDEX(i)))]) for i in range(count)]
+
+            sums = _loop(
+                builder, lines(weights, arguments[1], rows), lines(values, arguments[3], vectors), chains, arguments[4]
+            )
             return context.make_tuple(builder, signature.return_type, [_across(builder, total) for total in sums])
 
-        return types.UniTuple(types.float32, count)(row, x, types.int64, types.int64), generate
+        return types.UniTuple(types.float32, rows * vectors)(w, types.int64, x, types.int64, types.int64), generate
 
-    return dots
-
-
-dot, dots_together = _dots(1, CHAINS), _dots(TOGETHER, 1)
+    return product
 
 
-def _loop(builder: Any, row: Any, vectors: list[Any], chains: int, stop: Any) -> list[Any]:
-    """A vector of partial sums for each of the vectors; leaves the builder behind the loop."""
+def _loop(builder: Any, rows: list[Any], vectors: list[Any], chains: int, stop: Any) -> list[Any]:
+    """A vector of partial sums for each row and vector; leaves the builder behind the loop."""
     before, loop, after = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("sum")
     builder.branch(loop)
     builder.position_at_end(loop)
     at = builder.phi(_INDEX)
     at.add_incoming(_INDEX(0), before)
-    totals = [[builder.phi(_FLOATS) for _ in range(chains)] for _ in vectors]
+    totals = [[builder.phi(_FLOATS) for _ in range(chains)] for _ in rows for _ in vectors]
     sums = [list(own) for own in totals]
-    _ask_for(builder, row, at)
+    for row in rows:
+        _ask_for(builder, row, at)
     for offset in range(0, STEP, LANES):
         place, chain = builder.add(at, _INDEX(offset)), offset // LANES % chains
-        weights = _load(builder, row, place)
-        for own, vector in zip(sums, vectors, strict=True):
-            product = builder.fmul(weights, _load(builder, vector, place), flags=["fast"])
-            own[chain] = builder.fadd(own[chain], product, flags=["fast"])
+        weights = [_load(builder, row, place) for row in rows]
+        for v, vector in enumerate(vectors):
+            value = _load(builder, vector, place)
+            for r, weight in enumerate(weights):
+                own = sums[r * len(vectors) + v]
+                product = builder.fmul(weight, value, flags=["fast"])
+                own[chain] = builder.fadd(own[chain], product, flags=["fast"])
     for own, found in zip(totals, sums, strict=True):
         for total, new in zip(own, found, strict=True):
             total.add_incoming(ir.Constant(_FLOATS, None), before)
