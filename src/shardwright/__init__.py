@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from shardwright.engine.llm import LLM
     from shardwright.engine.request import SamplingParams
     from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
+    from shardwright.kernels.quant import pack_dequant_scale
+    from shardwright.kernels.siblings import all_gather_matmul, matmul_all_reduce_add_rms_norm, matmul_reduce_scatter
     from shardwright.layers.linear import (
         ColumnParallelLinear,
         MergedColumnParallelLinear,
@@ -40,8 +42,12 @@ _HOMES = {
     "ThreadGroup": "comm.thread",
     "VocabParallelEmbedding": "layers.vocab",
     "VocabParallelHead": "layers.vocab",
+    "all_gather_matmul": "kernels.siblings",
     "matmul_all_reduce": "kernels.matmul_all_reduce",
+    "matmul_all_reduce_add_rms_norm": "kernels.siblings",
+    "matmul_reduce_scatter": "kernels.siblings",
     "merge_tensors": "layout.tensors",
+    "pack_dequant_scale": "kernels.quant",
     "split_tensor": "layout.tensors",
 }
 """Where each public name lives."""
@@ -60,8 +66,12 @@ __all__ = [
     "ThreadGroup",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "all_gather_matmul",
     "matmul_all_reduce",
+    "matmul_all_reduce_add_rms_norm",
+    "matmul_reduce_scatter",
     "merge_tensors",
+    "pack_dequant_scale",
     "split_tensor",
 ]
 

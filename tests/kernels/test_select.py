@@ -5,16 +5,20 @@ from typing import Any
 import pytest
 import torch
 
+from shardwright.comm.single import SingleGroup
 from shardwright.errors import UnsupportedError
-from shardwright.kernels import attention, matmul_all_reduce, select
+from shardwright.kernels import attention, matmul_all_reduce, select, siblings
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "attention": attention.IMPLEMENTATIONS,
     "matmul_all_reduce": matmul_all_reduce.IMPLEMENTATIONS,
+    "all_gather_matmul": siblings.GATHER,
+    "matmul_reduce_scatter": siblings.SCATTER,
+    "matmul_all_reduce_add_rms_norm": siblings.NORM,
 }
 
 
-@pytest.mark.parametrize("row", select.TABLE, ids=lambda row: f"{row.kernel}-{row.device}-{row.implementation}")
+@pytest.mark.parametrize("row", select.TABLE, ids=lambda row: f"{row.kernel}-{row.device}")
 def test_every_row_names_an_implementation_and_its_reason(row: select.Choice) -> None:
     assert row.implementation in IMPLEMENTATIONS[row.kernel]
     assert row.reason
@@ -22,20 +26,20 @@ def test_every_row_names_an_implementation_and_its_reason(row: select.Choice) ->
 
 @pytest.mark.parametrize("kernel", sorted(IMPLEMENTATIONS))
 @pytest.mark.parametrize("device", ["cpu", "cuda", "npu", "meta"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_every_device_and_type_has_one(kernel: Any, device: str, dtype: torch.dtype) -> None:
     assert select.select(kernel, device, dtype) in IMPLEMENTATIONS[kernel]
 
 
-def test_meta_tensors_take_the_reference() -> None:
-    for kernel in ("attention", "matmul_all_reduce"):
-        assert select.select(kernel, "meta", torch.float32) == "reference"
+@pytest.mark.parametrize("kernel", sorted(IMPLEMENTATIONS))
+def test_meta_tensors_take_the_reference(kernel: Any) -> None:
+    assert select.select(kernel, "meta", torch.float32) == "reference"
 
 
 def test_the_first_matching_row_wins_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (
-        select.Choice("attention", "cpu", "float32", "narrow", "a test"),
-        select.Choice("attention", "cpu", "*", "wide", "a test"),
+        select.Choice(kernel="attention", device="cpu", dtype="float32", implementation="narrow", reason="a test"),
+        select.Choice(kernel="attention", device="cpu", implementation="wide", reason="a test"),
     )
     monkeypatch.setattr(select, "TABLE", rows)
     assert select.select("attention", "cpu", torch.float32) == "narrow"
@@ -44,3 +48,18 @@ def test_the_first_matching_row_wins_and_none_is_an_error(monkeypatch: pytest.Mo
         select.select("attention", "cuda", torch.float32)
     with pytest.raises(UnsupportedError, match="matmul_all_reduce: nothing implements it"):
         select.select("matmul_all_reduce", "cpu", torch.float32)
+
+
+def test_a_row_may_ask_for_a_mode_a_kind_of_group_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    special: dict[str, Any] = {"mode": "plain", "group": "SingleGroup", "elements": 6}
+    rows = (
+        select.Choice(kernel="matmul_all_reduce", implementation="special", reason="a test", **special),
+        select.Choice(kernel="matmul_all_reduce", implementation="rest", reason="a test"),
+    )
+    monkeypatch.setattr(select, "TABLE", rows)
+    assert select.select("matmul_all_reduce", "cpu", torch.float32, **special) == "special"
+    for other in ({"mode": "int8-wire"}, {"group": "ThreadGroup"}, {"elements": 5}):
+        assert select.select("matmul_all_reduce", "cpu", torch.float32, **(special | other)) == "rest"
+    x = torch.zeros(1)
+    assert select.select_for("matmul_all_reduce", x, SingleGroup(), 6, "plain") == "special"
+    assert select.select_for("matmul_all_reduce", x, SingleGroup(), 5, "plain") == "rest"

@@ -9,8 +9,8 @@ scatter    this rank's share        all-gather of the shares
 gather     all-gather of shares     this rank's share
 =========  =======================  =======================
 
-A column-parallel layer begins with `copy`, a row-parallel one ends with `reduce`. `Group` itself is not
-differentiable; nothing else in the package is both. Backward calls carry the forward's tag and `/grad`.
+A column-parallel layer begins with `copy`. `Group` itself is not differentiable; beside these moves only the fused
+matmuls in `kernels` communicate and differentiate. Backward calls carry the forward's tag and `/grad`.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""Each kernel in its obviously right torch form: the oracle of every other one, and what meta tensors take.
+"""The kernels that stay on one rank, each in its obviously right torch form: the oracle of every other one.
 
-All are differentiable. Sizes as in `docs/notation.md`; a rank with no heads or no features passes empty dims.
+Meta tensors take them too. All are differentiable. Sizes as in `docs/notation.md`; a rank with no heads or no features
+passes empty dims. The fused matmuls have theirs in `fused_reference`.
 """
 
 from collections.abc import Sequence
@@ -8,21 +9,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from shardwright.comm import regions
-from shardwright.comm.group import Group
-
-
-def matmul_all_reduce(
-    x1: Tensor, x2: Tensor, group: Group, *, bias: Tensor | None = None, x3: Tensor | None = None, tag: str = ""
-) -> Tensor:
-    """`all_reduce(x1 @ x2 + bias + x3)`; see `kernels.matmul_all_reduce` for the contract."""
-    y = x1 @ x2
-    if bias is not None:
-        y = y + bias
-    if x3 is not None:
-        y = y + x3
-    return regions.reduce(y, group, tag)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,45 +1,85 @@
 """Which implementation of a kernel runs: one explicit table, filled by measurement, printable with its reasons.
 
-A row answers for a kernel, a device and a dtype; the first that matches wins. Every kernel has its `reference`.
+A row answers for a kernel, a device, a dtype, a mode, a kind of group and a size; the first that matches wins. To add
+an implementation: a file with a function of the kernel's checked operands and the group, its name where the operator
+lists its implementations, and a row here. It only goes forward; gradients are the operator's. Every kernel has its
+`reference`, and meta tensors always take it.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from shardwright.comm.group import name_of
+from shardwright.comm.group import Group, name_of
 from shardwright.errors import UnsupportedError
 
-Kernel = Literal["matmul_all_reduce", "attention"]
+Kernel = Literal[
+    "matmul_all_reduce", "all_gather_matmul", "matmul_reduce_scatter", "matmul_all_reduce_add_rms_norm", "attention"
+]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One row: for this kernel on these devices and dtypes (`*` is any), take `implementation`, because of `reason`."""
+    """One row: for this kernel, where all of the rest fits (`*` is any), take `implementation`, because of `reason`.
+
+    dtype: of the first operand. mode: `Operands.mode` of a fused matmul. group: the class of the group. elements: the
+    least elements of the output for which the row holds.
+    """
 
     kernel: Kernel
-    device: str
-    dtype: str
+    device: str = "*"
+    dtype: str = "*"
+    mode: str = "*"
+    group: str = "*"
+    elements: int = 0
     implementation: str
     reason: str
 
+    def fits(self, device: str, dtype: str, mode: str, group: str, elements: int) -> bool:
+        """Whether this row speaks of such operands."""
+        asked = ((self.device, device), (self.dtype, dtype), (self.mode, mode), (self.group, group))
+        return elements >= self.elements and all(mine in ("*", theirs) for mine, theirs in asked)
 
+
+META = "shapes and operation counts only"
+ONLY = "the only one so far: {}"
 FUSED = (
     "torch's fused attention keeps no [N, S, L] scores: on one AMD EPYC core in float32, 9 heads of 64, it takes 8 ms "
     "for 512 tokens and 0.096 ms for one token over 512, the reference 11 to 26 ms and 0.11 ms"
 )
 
+
+def _reference(kernel: Kernel, steps: str) -> tuple[Choice, Choice]:
+    return (
+        Choice(kernel=kernel, device="meta", implementation="reference", reason=META),
+        Choice(kernel=kernel, implementation="reference", reason=ONLY.format(steps)),
+    )
+
+
 TABLE: tuple[Choice, ...] = (
-    Choice("matmul_all_reduce", "*", "*", "reference", "the only one so far: matmul, then the group's all-reduce"),
-    Choice("attention", "meta", "*", "reference", "shapes and operation counts only"),
-    Choice("attention", "*", "*", "fused", FUSED),
+    *_reference("matmul_all_reduce", "matmul, then the group's all-reduce"),
+    *_reference("all_gather_matmul", "the group's all-gather, then matmul"),
+    *_reference("matmul_reduce_scatter", "matmul, then the group's reduce-scatter"),
+    *_reference("matmul_all_reduce_add_rms_norm", "matmul, the group's all-reduce, addition, norm"),
+    Choice(kernel="attention", device="meta", implementation="reference", reason=META),
+    Choice(kernel="attention", implementation="fused", reason=FUSED),
 )
 
 
-def select(kernel: Kernel, device: str, dtype: torch.dtype) -> str:
-    """The name of the implementation for tensors of this device type and dtype."""
+def select(
+    kernel: Kernel, device: str, dtype: torch.dtype, *, mode: str = "*", group: str = "*", elements: int = 0
+) -> str:
+    """The name of the implementation for operands of this device type, dtype, mode and size, in such a group."""
+    name = name_of(dtype)
     for row in TABLE:
-        if row.kernel == kernel and row.device in ("*", device) and row.dtype in ("*", name_of(dtype)):
+        if row.kernel == kernel and row.fits(device, name, mode, group, elements):
             return row.implementation
-    raise UnsupportedError(f"{kernel}: nothing implements it for {name_of(dtype)} on {device}; use float32 on cpu")
+    raise UnsupportedError(f"{kernel}: nothing implements it for {name} on {device}; use float32 on cpu")
+
+
+def select_for(kernel: Kernel, x: Tensor, group: Group, elements: int, mode: str = "*") -> str:
+    """`select` for operands like `x` in this group, with an output of so many elements."""
+    kind = type(group).__name__
+    return select(kernel, x.device.type, x.dtype, mode=mode, group=kind, elements=elements)
