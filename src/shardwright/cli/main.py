@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import shardwright
-from shardwright.cli import generate
+from shardwright.cli import generate, kernels
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
@@ -27,6 +27,7 @@ app = typer.Typer(
     "· 130 interrupted · 143 terminated",
 )
 app.command()(generate.generate)
+app.command()(kernels.kernels)
 
 
 def _version(wanted: bool) -> None:
