@@ -120,10 +120,10 @@ def test_the_offset_comes_first_and_the_last_group_may_be_short() -> None:
 
 
 def test_a_half_weight_is_rounded_once() -> None:
-    """(100 + 0.5) * 0.1 in bfloat16 would lose the 0.5 of the sum; in float32 it is 10.06, whose nearest is 10.0625."""
-    parameters = torch.tensor([0.1]).bfloat16(), torch.tensor([0.5]).bfloat16()
+    """(100 + 0.25) * 0.1 in bfloat16 would lose the 0.25 and be 10; in float32 it is 10.035, nearest to 10.0625."""
+    parameters = torch.tensor([0.1]).bfloat16(), torch.tensor([0.25]).bfloat16()
     weight = floating_weight(torch.tensor([[100]], dtype=torch.int8), WeightQuant(*parameters, 0, None))
-    assert weight.item() == torch.tensor(100.5 * parameters[0].double().item()).bfloat16().item() == 10.0625
+    assert weight.item() == 10.0625
 
 
 def test_int8_rounds_halves_to_even_and_saturates() -> None:

@@ -164,10 +164,13 @@ def test_gradients_by_finite_differences() -> None:
     """Float64: gradcheck's own tolerances, 1e-6 relative step and 1e-5 absolute difference."""
     group = SingleGroup()
     x1, x2, bias, x3, gamma = (leaf(drawn(*s, seed=i)) for i, s in enumerate([(3, K), (K, N), (N,), (3, N), (N,)]))
+    eight = torch.arange(-20, 15, dtype=torch.int8).reshape(K, N)
+    quantised = {"antiquant_scale": bias.detach().abs(), "antiquant_offset": bias.detach()}
     functions: list[tuple[Callable[..., Any], tuple[Tensor, ...]]] = [
         (lambda a, b, c: all_gather_matmul(a, b, group, bias=c), (x1, x2, bias)),
         (lambda a, b, c, d: matmul_reduce_scatter(a, b, group, bias=c, x3=d), (x1, x2, bias, x3)),
         (lambda a, b, c, d, e: matmul_all_reduce_add_rms_norm(a, b, c, d, group, bias=e), (x1, x2, x3, gamma, bias)),
+        (lambda a, c, d: matmul_all_reduce_add_rms_norm(a, eight, c, d, group, **quantised), (x1, x3, gamma)),
     ]
     for function, inputs in functions:
         assert torch.autograd.gradcheck(function, inputs)
