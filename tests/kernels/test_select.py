@@ -1,5 +1,6 @@
 """The table of implementations: every row leads somewhere, and what no row covers is refused."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,21 @@ IMPLEMENTATIONS: dict[str, Any] = {
     "matmul_reduce_scatter": siblings.SCATTER,
     "matmul_all_reduce_add_rms_norm": siblings.NORM,
 }
+
+
+Replace = Callable[[tuple[select.Choice, ...]], None]
+
+
+@pytest.fixture
+def replace_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Replace]:
+    """Puts other rows in the table's place; choices made from either are forgotten."""
+
+    def replace(rows: tuple[select.Choice, ...]) -> None:
+        monkeypatch.setattr(select, "TABLE", rows)
+        select.select.cache_clear()
+
+    yield replace
+    select.select.cache_clear()
 
 
 @pytest.mark.parametrize("row", select.TABLE, ids=lambda row: f"{row.kernel}-{row.device}")
@@ -36,12 +52,12 @@ def test_meta_tensors_take_the_reference(kernel: Any) -> None:
     assert select.select(kernel, "meta", torch.float32) == "reference"
 
 
-def test_the_first_matching_row_wins_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_matching_row_wins_and_none_is_an_error(replace_table: Replace) -> None:
     rows = (
         select.Choice(kernel="attention", device="cpu", dtype="float32", implementation="narrow", reason="a test"),
         select.Choice(kernel="attention", device="cpu", implementation="wide", reason="a test"),
     )
-    monkeypatch.setattr(select, "TABLE", rows)
+    replace_table(rows)
     assert select.select("attention", "cpu", torch.float32) == "narrow"
     assert select.select("attention", "cpu", torch.bfloat16) == "wide"
     with pytest.raises(UnsupportedError, match="attention: nothing implements it for float32 on cuda; use float32 on"):
@@ -50,13 +66,13 @@ def test_the_first_matching_row_wins_and_none_is_an_error(monkeypatch: pytest.Mo
         select.select("matmul_all_reduce", "cpu", torch.float32)
 
 
-def test_a_row_may_ask_for_a_mode_a_kind_of_group_and_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_may_ask_for_a_mode_a_kind_of_group_and_a_size(replace_table: Replace) -> None:
     special: dict[str, Any] = {"mode": "plain", "group": "SingleGroup", "elements": 6}
     rows = (
         select.Choice(kernel="matmul_all_reduce", implementation="special", reason="a test", **special),
         select.Choice(kernel="matmul_all_reduce", implementation="rest", reason="a test"),
     )
-    monkeypatch.setattr(select, "TABLE", rows)
+    replace_table(rows)
     assert select.select("matmul_all_reduce", "cpu", torch.float32, **special) == "special"
     for other in ({"mode": "int8-wire"}, {"group": "ThreadGroup"}, {"elements": 5}):
         assert select.select("matmul_all_reduce", "cpu", torch.float32, **(special | other)) == "rest"

@@ -325,7 +325,8 @@ def put(result: Tensor, out: Tensor | None) -> Tensor:
     """The result itself, or `out` holding it."""
     if out is None:
         return result
-    out.detach().copy_(result)  # a parameter may be the target: nothing here is differentiable
+    if (out.data_ptr(), out.stride()) != (result.data_ptr(), result.stride()):
+        out.detach().copy_(result)  # a parameter may be the target: nothing here is differentiable
     return out
 
 

@@ -22,6 +22,10 @@ class SingleGroup(Group):
         self.check_members(ranks)
         return SingleGroup(self)
 
+    def all_reduce(self, x: Tensor, *, out: Tensor | None = None, tag: str = "") -> Tensor:
+        """`x`; where it is to stay in place, at once."""
+        return x if out is x else super().all_reduce(x, out=out, tag=tag)
+
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
         return Done(call, x.clone() if out is None else put(x, out))
 

@@ -24,7 +24,7 @@ def matmul_all_reduce(operands: Operands, group: Group) -> Tensor:
             return group.all_reduce(partial.to(operands.dtype), tag=operands.tag)
         case weight:
             partial = added(operands.x1 @ quant.floating_weight(operands.x2, weight), operands.bias, operands.x3)
-            return group.all_reduce(partial, tag=operands.tag)
+            return group.all_reduce(partial, out=partial, tag=operands.tag)
 
 
 def dequantised(operands: Operands, full: FullQuant) -> Tensor:

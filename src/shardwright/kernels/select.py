@@ -7,6 +7,7 @@ lists its implementations, and a row here. It only goes forward; gradients are t
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -68,6 +69,7 @@ TABLE: tuple[Choice, ...] = (
 )
 
 
+@cache
 def select(
     kernel: Kernel, device: str, dtype: torch.dtype, *, mode: str = "*", group: str = "*", elements: int = 0
 ) -> str:
