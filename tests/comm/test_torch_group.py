@@ -5,18 +5,21 @@ every type holds exactly, and in bits only with `deterministic=True`.
 """
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shardwright.comm import regions
 from shardwright.comm.group import Group, sum_in_rank_order
 from shardwright.comm.recording import RecordingGroup
 from shardwright.comm.torch_group import TorchGroup
-from shardwright.errors import CommError, UnsupportedError
+from shardwright.errors import CommError, UnsupportedError, UsageError
 from shardwright.testing.ranks import on_gloo, on_threads
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64, torch.uint8]
@@ -207,6 +210,75 @@ def test_five_processes() -> None:
     processes: list[Any] = on_gloo(5, check_everything)
     threads = on_threads(5, check_regions)
     assert processes == [pytest.approx(gradient, abs=1e-12) for gradient in threads]
+
+
+def check_wrapped(group: Group, store: str) -> None:
+    """A process group that torch.distributed made does all that our own does, and so does a subgroup of it."""
+    dist.init_process_group("gloo", store=dist.FileStore(store, group.size), rank=group.rank, world_size=group.size)
+    world = dist.distributed_c10d._get_default_group()
+    wrapped = TorchGroup.of(world)
+    assert (wrapped.rank, wrapped.size, wrapped.device) == (group.rank, group.size, torch.device("cpu"))
+    check_dtypes(wrapped)
+    check_memory(wrapped)
+    check_rank_order(wrapped)
+    check_splits(wrapped)
+    check_handles(wrapped)
+    check_refusals(wrapped)
+    check_sockets()
+    named = TorchGroup.named(world.group_name)
+    assert named.all_reduce(torch.ones(1)).item() == group.size
+    assert (named.name, named.is_named()) == (world.group_name, True)
+    assert not named.split(range(group.size)).is_named()
+    assert not group.is_named()  # type: ignore[attr-defined]
+    members = [4, 1, 2]
+    made = dist.new_group(members)
+    if group.rank in members:
+        some = TorchGroup.of(made)
+        assert some.all_gather(torch.tensor([group.rank]), 0, [1] * 3).tolist() == sorted(members)
+        assert dist.get_global_rank(made, some.rank) == group.rank
+    with pytest.raises(UsageError, match="group=gone: no process group of this process has that name; call torch"):
+        TorchGroup.named("gone")
+    group.barrier()
+
+
+def test_a_process_group_of_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    on_gloo(5, check_wrapped, str(tmp_path / "store"))
+
+
+HCCL = """
+import sys, torch
+from shardwright.comm.torch_group import TorchGroup
+torch.utils.rename_privateuse1_backend("npu")  # as torch_npu does; for good, so not in the tests' own process
+asked = []
+class Backend:
+    def get_hccl_comm_name(self, rank):
+        asked.append((type(self).__name__, rank))
+        return f"hccl-{rank}"
+class ProcessGroup(Backend):
+    group_name, _device_types = "0", [torch.device("npu")]
+    def rank(self): return 1
+    def size(self): return 2
+    def _get_backend(self, device):
+        assert device == torch.device("npu")
+        return Backend()
+group = TorchGroup.of(ProcessGroup())
+assert group.device == torch.device("npu")
+torch.__version__ = torch.torch_version.TorchVersion(sys.argv[1])
+print(group.hccl_name(5), group.hccl_name(), asked)
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "asked"),
+    [("2.13.0", "Backend"), ("2.1.0", "Backend"), ("2.0.1", "ProcessGroup"), ("1.11", "ProcessGroup")],
+)
+def test_the_name_of_an_hccl_communicator_is_asked_as_documented(version: str, asked: str) -> None:
+    """A recorded fake of torch_npu's two ways; no such device has been seen."""
+    done = subprocess.run(
+        [sys.executable, "-c", HCCL, version], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == f"hccl-5 hccl-1 {[(asked, 5), (asked, 1)]}\n", done.stderr
 
 
 def test_threads_pass_the_same_checks() -> None:

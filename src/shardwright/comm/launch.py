@@ -62,7 +62,7 @@ def join(timeout_s: float = 60.0) -> "Group":
         raise CommError(f"rank {rank} of {size} found nobody at {master}:{port} within {timeout_s:g} s") from error
     ours = PrefixStore(f"shardwright/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     group = joined_over_memory(ours, rank, size, timeout_s)
-    return group or TorchGroup(ours, tuple(range(size)), rank, AbortWord(), _own_address(master))
+    return group or TorchGroup.join(ours, rank, size, AbortWord(), _own_address(master))
 
 
 def _number(name: str, text: str) -> int:

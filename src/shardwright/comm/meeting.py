@@ -48,7 +48,7 @@ class GlooMeeting:
     """A store for gloo that is no file: the ranks open inherited memory by its name in /proc, and nothing listens."""
 
     def __init__(self, n: int) -> None:
-        self._ranks = tuple(range(n))
+        self._size = n
         self._store = os.memfd_create("shardwright-store")
 
     def join(self, rank: int, abort: AbortWord) -> Group:
@@ -57,8 +57,8 @@ class GlooMeeting:
 
         from shardwright.comm.torch_group import TorchGroup
 
-        store = FileStore(f"/proc/self/fd/{self._store}", len(self._ranks))
-        return TorchGroup(store, self._ranks, rank, abort)
+        store = FileStore(f"/proc/self/fd/{self._store}", self._size)
+        return TorchGroup.join(store, rank, self._size, abort)
 
     def close(self) -> None:
         """The ranks have inherited it."""

@@ -1,4 +1,6 @@
-"""`TorchGroup`: ranks as processes over torch.distributed's gloo. NCCL and HCCL will take the same road.
+"""`TorchGroup`: ranks as processes over a process group of torch.distributed: one made here over gloo, or the caller's.
+
+Process groups over NCCL and HCCL take the same road, unproven: no such device has run it.
 
 Waits poll the work handle and the abort word and never block inside the backend, so a dead peer ends them within
 seconds. Sums are the backend's, in its order; `deterministic=True` gathers and sums in rank order instead.
@@ -13,19 +15,22 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, _resolve_process_group  # type: ignore[attr-defined]
 
 from shardwright.comm.group import Call, Done, Group, Handle, put, sum_in_rank_order
 from shardwright.comm.watch import ABORT_GRACE, AbortWord, poll
-from shardwright.errors import AbortedError, UnsupportedError
+from shardwright.errors import AbortedError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+    from torch.distributed.distributed_c10d import GroupName
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT = timedelta(seconds=60)
 CARRIED = frozenset(["float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"])
 """Types that every collective of gloo moves, by torch's names."""
+
+_INITIALISE = "call torch.distributed.init_process_group as where the model was exported"
 
 
 class _WorkHandle(Handle):
@@ -74,41 +79,104 @@ class _PeerHandle(Handle):
 
 @final
 class TorchGroup(Group):
-    """Ranks as processes, connected through a store when made: by `comm.job` on one host, by `comm.launch` on many.
+    """Ranks as processes: `join` connects them through a store, `of` and `named` take a process group that exists.
 
-    ranks: all members, by their numbers in the job · rank: this one's number there · address: where this host listens
-    for its peers · deterministic: sum in rank order.
+    deterministic: sum in rank order · device: where `recv` puts what arrives.
     """
 
     def __init__(
         self,
-        store: "Store",
-        ranks: tuple[int, ...],
-        rank: int,
+        process_group: dist.ProcessGroup,
         abort: AbortWord,
-        address: str = LOOPBACK,
+        device: torch.device,
+        address: str | None = None,
         parent: Group | None = None,
     ) -> None:
-        super().__init__(ranks.index(rank), len(ranks), parent)
-        self._store, self._ranks, self._abort, self._address = store, ranks, abort, address
-        self._splits = 0
+        super().__init__(process_group.rank(), process_group.size(), parent)
+        self._backend, self._abort, self.device, self._address = process_group, abort, device, address
         self.deterministic = False
-        members = PrefixStore("-".join(map(str, ranks)), store)
+
+    @classmethod
+    def join(
+        cls,
+        store: "Store",
+        rank: int,
+        size: int,
+        abort: AbortWord,
+        address: str | None = LOOPBACK,
+        parent: Group | None = None,
+    ) -> "TorchGroup":
+        """Rank `rank` of `size` over gloo, connected when this returns.
+
+        address: where this host listens for its peers; None leaves it to torch, as `init_process_group` does.
+        """
         try:
-            self._backend = _gloo(members, self.rank, self.size, address)
+            process_group = _gloo(store, rank, size, address)
         except RuntimeError as error:
-            raise _lost(abort, f"joining ranks {list(ranks)}", error) from error
-        self.barrier(tag="join")  # nobody leaves, having nothing to do, while others still connect
+            raise _lost(abort, f"joining {size} ranks", error) from error
+        group = cls(process_group, abort, torch.device("cpu"), address, parent)
+        group.barrier(tag="join")  # nobody leaves, having nothing to do, while others still connect
+        return group
+
+    @classmethod
+    def of(cls, process_group: dist.ProcessGroup, device: torch.device | None = None) -> "TorchGroup":
+        """The caller's own process group, as `torch.distributed` made it; nothing moves. Its timeouts stay its own.
+
+        device: by default the CPU where the process group serves it, else the first device that it serves.
+        """
+        served = process_group._device_types
+        cpu = torch.device("cpu")
+        return cls(process_group, AbortWord(), device or (cpu if cpu in served or not served else served[0]))
+
+    @classmethod
+    def named(cls, name: str) -> "TorchGroup":
+        """The process group that `torch.distributed` knows by this name, as traced collectives carry it."""
+        try:
+            return cls.of(_resolve_process_group(cast("GroupName", name)))
+        except RuntimeError as error:
+            raise UsageError("group", name, "no process group of this process has that name", _INITIALISE) from error
 
     def split(self, ranks: Sequence[int]) -> "TorchGroup":
-        """The group of those ranks, connected before this returns."""
+        """The group of those ranks over gloo, connected before this returns, through the store of this one.
+
+        Raises:
+            UnsupportedError: the process group is the caller's, and not over gloo.
+        """
         members = self.agree_on_members(ranks)
-        self._splits += 1
-        store = PrefixStore(f"split {self._splits}", self._store)
-        whole = tuple(self._ranks[rank] for rank in members)
-        child = TorchGroup(store, whole, self._ranks[self.rank], self._abort, self._address, self)
+        if self.device.type != "cpu":
+            remedy = "make the smaller one with torch.distributed.new_group, and pass it to TorchGroup.of"
+            raise UnsupportedError(f"a process group on {self.device.type} is not split here; {remedy}")
+        store, name = self._backend.get_group_store(), "-".join(map(str, members))
+        times = store.add(f"splits {name} of {self.rank}", 1)  # alike on all: each counts there what it enters
+        store = PrefixStore(f"split {name}, {times}", store)
+        child = TorchGroup.join(store, members.index(self.rank), len(members), self._abort, self._address, self)
         child.deterministic = self.deterministic
         return child
+
+    @property
+    def name(self) -> str:
+        """What `torch.distributed` calls the process group."""
+        return self._backend.group_name
+
+    def is_named(self) -> bool:
+        """Whether `name` leads back to this process group, as operators that take a name need: not that of a split."""
+        try:
+            return bool(_resolve_process_group(self._backend.group_name) == self._backend)
+        except RuntimeError:
+            return False
+
+    def hccl_name(self, rank: int | None = None) -> str:
+        """The communicator's name, which Ascend's fused operators take as `hcom`. rank: this one's, in the whole job.
+
+        Unproven: never run on such a device. The calls are those of op-plugin's documentation.
+        """
+        if rank is None:
+            rank = dist.get_global_rank(self._backend, self.rank) if self.is_named() else self.rank
+        if torch.__version__ > "2.0.1":
+            npu: Any = self._backend._get_backend(torch.device("npu"))
+        else:
+            npu = self._backend
+        return str(npu.get_hccl_comm_name(rank))
 
     def _all_reduce(self, x: Tensor, out: Tensor | None, call: Call) -> Handle:
         if self.deterministic:
@@ -147,12 +215,13 @@ class TorchGroup(Group):
         return _PeerHandle(call, work, self._abort, x)
 
     def _recv(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, call: Call) -> Handle:
-        x = torch.empty(shape, dtype=dtype)
+        x = torch.empty(shape, dtype=dtype, device=self.device)
         work = self._started(call, lambda: self._backend.recv([x], source, 0))
         return _PeerHandle(call, work, self._abort, x)
 
     def _barrier(self, call: Call) -> Handle:
-        return self._handle(call, lambda: self._backend.allreduce([torch.zeros(1)]), lambda: torch.empty(0))
+        one = torch.zeros(1, device=self.device)
+        return self._handle(call, lambda: self._backend.allreduce([one]), lambda: torch.empty(0))
 
     def _gathered(self, x: Tensor, call: Call, finish: Callable[[list[Tensor]], Tensor]) -> Handle:
         x = x.contiguous()
@@ -184,13 +253,17 @@ class TorchGroup(Group):
             raise _lost(self._abort, call, error) from error
 
 
-def _gloo(store: "Store", rank: int, size: int, address: str) -> dist.ProcessGroup:
-    """A backend that listens on one address only, connected to all its peers."""
-    gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out its options, and that it is called like a ProcessGroup
+def _gloo(store: "Store", rank: int, size: int, address: str | None) -> dist.ProcessGroup:
+    """A process group that listens on one address only, connected to all its peers."""
+    gloo: Any = dist.ProcessGroupGloo  # torch's stubs leave out its options
     options = gloo._Options()
-    options._devices = [gloo.create_device(hostname=address)]
+    options._devices = [gloo.create_device(hostname=address) if address else gloo.create_default_device()]
     options._timeout = JOIN_TIMEOUT
-    return cast("dist.ProcessGroup", gloo(store, rank, size, options))
+    process_group = dist.ProcessGroup(store, rank, size)
+    kind = dist.ProcessGroup.BackendType.GLOO
+    process_group._register_backend(torch.device("cpu"), kind, gloo(store, rank, size, options))
+    process_group._set_default_backend(kind)
+    return process_group
 
 
 def _settle(work: dist.Work, abort: AbortWord, call: Call) -> None:
