@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shardwright.layers.vocab import VocabParallelEmbedding, VocabParallelHead
     from shardwright.layout.partition import Partition
     from shardwright.layout.tensors import merge_tensors, split_tensor
+    from shardwright.parallelize.replace import replace_matmul_all_reduce
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _HOMES = {
     "matmul_reduce_scatter": "kernels.siblings",
     "merge_tensors": "layout.tensors",
     "pack_dequant_scale": "kernels.quant",
+    "replace_matmul_all_reduce": "parallelize.replace",
     "split_tensor": "layout.tensors",
 }
 """Where each public name lives."""
@@ -72,6 +74,7 @@ __all__ = [
     "matmul_reduce_scatter",
     "merge_tensors",
     "pack_dequant_scale",
+    "replace_matmul_all_reduce",
     "split_tensor",
 ]
 

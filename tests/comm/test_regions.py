@@ -18,7 +18,7 @@ from shardwright.comm.group import Group
 from shardwright.comm.planned import PlannedGroup
 from shardwright.comm.recording import RecordingGroup
 from shardwright.comm.single import SingleGroup
-from shardwright.errors import UsageError
+from shardwright.errors import UnsupportedError, UsageError
 from shardwright.layout.partition import Partition
 from shardwright.testing.ranks import on_threads
 
@@ -192,3 +192,24 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def check_summed_gradients(group: Group) -> None:
+    """Rank r's loss is r + 1 times a sum: every rank's gradient is that of all losses. `y` may be changed in place."""
+    x = drawn(3, seed=2).requires_grad_()
+    recorder = RecordingGroup(group)
+    y = regions.sum_gradients(x * 2, recorder, "y")
+    y.add_(1)
+    close(y, x.detach() * 2 + 1)
+    (y.square() * (group.rank + 1)).sum().backward()
+    close(x.grad, 4 * (x.detach() * 2 + 1) * sum(range(1, group.size + 1)))
+    assert [(call.op, call.tag) for call in recorder.calls] == [("all_reduce", "y/grad")]
+    with pytest.raises(UnsupportedError, match="y: a gradient summed over ranks has no gradient of its own"):
+        torch.autograd.grad(regions.sum_gradients(x * x, group, "y").sum() * x.sum(), x, create_graph=True)
+    constant = drawn(3)
+    assert regions.sum_gradients(constant, recorder) is constant
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_sum_gradients(size: int) -> None:
+    on_threads(size, check_summed_gradients)

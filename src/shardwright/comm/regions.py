@@ -10,7 +10,8 @@ gather     all-gather of shares     this rank's share
 =========  =======================  =======================
 
 A column-parallel layer begins with `copy`. `Group` itself is not differentiable; beside these moves only the fused
-matmuls in `kernels` communicate and differentiate. Backward calls carry the forward's tag and `/grad`.
+matmuls in `kernels` communicate and differentiate. `sum_gradients` is `copy` for a tensor of one's own. Backward calls
+carry the forward's tag and `/grad`.
 """
 
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
+from shardwright.errors import UnsupportedError
 
 
 def copy(x: Tensor, group: Group, tag: str = "") -> Tensor:
@@ -31,6 +33,22 @@ def copy(x: Tensor, group: Group, tag: str = "") -> Tensor:
 def reduce(x: Tensor, group: Group, tag: str = "") -> Tensor:
     """The sum of all ranks' `x`; the gradient of each rank's part is the gradient of the sum."""
     return _applied(_Reduce, x, group, tag)
+
+
+def sum_gradients(x: Tensor, group: Group, tag: str = "") -> Tensor:
+    """`x`, whose gradient becomes the sum of all ranks' gradients. Unlike `copy` it may be changed in place after that.
+
+    For a result that nothing else has read yet: readers of `x` itself are meant too.
+    """
+
+    def summed(gradient: Tensor) -> Tensor:
+        if gradient.requires_grad:
+            raise UnsupportedError(f"{tag}: a gradient summed over ranks has no gradient of its own; drop create_graph")
+        return group.all_reduce(gradient, tag=f"{tag}/grad")
+
+    if x.requires_grad:
+        x.register_hook(summed)  # type: ignore[no-untyped-call]
+    return x
 
 
 def scatter(x: Tensor, dim: int, sizes: Sequence[int], group: Group, tag: str = "") -> Tensor:
