@@ -19,11 +19,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_table_has_a_line_for_every_row_and_its_reason() -> None:
-    """In a table of 80 columns names stay whole and reasons wrap."""
+    """In a table of 80 columns names stay whole, conditions and reasons wrap, and nothing is left out."""
     done = run()
     assert (done.returncode, done.stderr) == (0, "")
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
     assert [line[0] for line in cells if line[0]] == [row.kernel for row in TABLE]
+    assert "comm_turn1ormore" in re.sub(r"\s", "", "".join(line[2] for line in cells))
     said = re.sub(r"\s", "", "".join(line[3] for line in cells))
     assert said == re.sub(r"\s", "", "".join(row.reason for row in TABLE))
 

@@ -49,25 +49,8 @@ def outputs(case: Case) -> list[Tensor]:
 @FEW
 @given(data=st.data())
 def test_every_mode_is_its_formula(mode: str, data: st.DataObject) -> None:
-    """To 4 roundings of the output's type relative to the sum of absolute terms: weight, product, bias and x3, reduce.
-
-    On top, the order of summation: one float32 (or float64) rounding a term, of at most 4 · 97 terms. A float16 may
-    also round to a subnormal, which is off by 2⁻²⁵ at most on each rank.
-    """
     case = data.draw(MODES[mode])
-    value, bound = calls.expected(case.calls(), case.n)
-    found = outputs(case)
-    dtype = found[0].dtype
-    assert dtype == {"packed": torch.float16, "float32": torch.float16, "bfloat16": torch.bfloat16}.get(
-        case.scale, case.dtype
-    )
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    terms = sum(case.widths) + 4
-    tolerance = (2 * torch.finfo(dtype).eps + terms * torch.finfo(wide).eps) * bound + 1e-7 * (dtype == torch.float16)
-    for y in found:
-        assert y.shape == (*case.rows, case.n)
-        assert (np.abs(calls.numbers(y) - value) <= tolerance).all()
-        assert torch.equal(y, found[0])
+    calls.check_formula(case, outputs(case))
 
 
 @FEW
@@ -215,7 +198,8 @@ def test_the_table_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append((operands.mode, operands.turns, operands.tag, group.size))
         return torch.ones(operands.shape)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "reference", double)
+    for name in ("reference", "chunked"):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, double)
     x1, x2 = torch.zeros(2, 3), torch.zeros(3, 4)
     assert matmul_all_reduce(x1, x2, SingleGroup(), comm_turn=3, tag="t").tolist() == [[1.0] * 4] * 2
     assert matmul_all_reduce(x1, x2.requires_grad_(), SingleGroup()).requires_grad

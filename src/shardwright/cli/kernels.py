@@ -33,10 +33,11 @@ def kernels(options: KernelsOptions) -> None:
     table = Table()
     table.add_column("kernel", no_wrap=True)
     for heading in ("runs", "where", "because"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for row in TABLE:
         conditions = {"device": row.device, "dtype": row.dtype, "mode": row.mode, "group": row.group}
         where = [f"{name} {value}" for name, value in conditions.items() if value != "*"]
         where += [f"{row.elements} elements or more"] if row.elements else []
+        where += [f"comm_turn {row.turns} or more"] if row.turns else []
         table.add_row(row.kernel, row.implementation, ", ".join(where) or "anywhere", row.reason)
     Console().print(table)

@@ -4,6 +4,9 @@ The oracle of every other implementation, and what meta tensors take. Like each 
 only go forward: the operators own the gradients. A rank without features passes empty dims.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,14 +20,20 @@ from shardwright.kernels.sibling_operands import NormOperands, ShareOperands
 def matmul_all_reduce(operands: Operands, group: Group) -> Tensor:
     """The five formulas of `kernels.matmul_all_reduce`."""
     match operands.quant:
+        case FullQuant(wire=(_, _) as wire) as full:
+            return over_int8(dequantised(operands, full), wire, group, operands.tag).to(operands.dtype)
+        case _:
+            y = partial(operands)
+            return group.all_reduce(y, out=y, tag=operands.tag)
+
+
+def partial(operands: Operands) -> Tensor:
+    """What this rank adds to the sum, in the output's type: a new tensor."""
+    match operands.quant:
         case FullQuant() as full:
-            partial = dequantised(operands, full)
-            if full.wire is not None:
-                return over_int8(partial, full.wire, group, operands.tag).to(operands.dtype)
-            return group.all_reduce(partial.to(operands.dtype), tag=operands.tag)
+            return dequantised(operands, full).to(operands.dtype)
         case weight:
-            partial = added(operands.x1 @ quant.floating_weight(operands.x2, weight), operands.bias, operands.x3)
-            return group.all_reduce(partial, out=partial, tag=operands.tag)
+            return added(operands.x1 @ quant.floating_weight(operands.x2, weight), operands.bias, operands.x3)
 
 
 def dequantised(operands: Operands, full: FullQuant) -> Tensor:
@@ -46,16 +55,29 @@ def over_int8(partial: Tensor, wire: tuple[Tensor, Tensor], group: Group, tag: s
     Rows are padded with zeros to a multiple of the ranks. Sums of int8 are exact in float32, in rank order or any. The
     device rounds partial sums to the output's type, and its totals to float16, on the way; neither is in the contract.
     """
-    rows = partial.flatten(0, -2)
     first, second = (scale.float().flatten() for scale in wire)
-    m, n = rows.shape
-    share = -(-m // group.size)
-    even = [share] * group.size
-    padded = F.pad(quant.quantise_int8(rows / first), (0, 0, 0, share * group.size - m))
-    parts = group.all_to_all(padded, even, even, tag=tag)
-    total = parts.reshape(group.size, share, n).float().sum(0)
-    whole = group.all_gather(quant.quantise_int8(total * (first / second)), 0, even, tag=tag)
-    return (whole[:m].float() * second).reshape(partial.shape)
+    rows = leaving(partial, first, group.size)
+    even = [len(rows) // group.size] * group.size
+    parts = group.all_to_all(rows, even, even, tag=tag)
+    whole = group.all_gather(returning(parts, first / second, group.size), 0, even, tag=tag)
+    return arrived(whole, second, partial.shape)
+
+
+def leaving(partial: Tensor, first: Tensor, ranks: int) -> Tensor:
+    """What the first leg carries: `[…, n]` → int8 rows, padded to a multiple of the ranks."""
+    rows = partial.flatten(0, -2)
+    return F.pad(quant.quantise_int8(rows / first), (0, 0, 0, -len(rows) % ranks))
+
+
+def returning(parts: Tensor, rescale: Tensor, ranks: int) -> Tensor:
+    """What the second leg carries: this rank's rows of all ranks, below each other → their sum as int8."""
+    total = parts.reshape(ranks, len(parts) // ranks, parts.shape[1]).float().sum(0)
+    return quant.quantise_int8(total * rescale)
+
+
+def arrived(whole: Tensor, second: Tensor, shape: Sequence[int]) -> Tensor:
+    """The float32 sum `[…, n]` of the rows that came, without the padding."""
+    return (whole[: prod(shape[:-1])].float() * second).reshape(shape)
 
 
 def all_gather_matmul(operands: ShareOperands, group: Group) -> tuple[Tensor, Tensor]:
@@ -72,7 +94,12 @@ def matmul_reduce_scatter(operands: ShareOperands, group: Group) -> Tensor:
 
 def matmul_all_reduce_add_rms_norm(operands: NormOperands, group: Group) -> tuple[Tensor, Tensor]:
     """`rms_norm(y, gamma)` and `y = matmul_all_reduce(…) + residual`."""
-    y = matmul_all_reduce(operands.product, group) + operands.residual
+    return normed(matmul_all_reduce(operands.product, group), operands)
+
+
+def normed(reduced: Tensor, operands: NormOperands) -> tuple[Tensor, Tensor]:
+    """The norm of `reduced + residual`, and that sum."""
+    y = reduced + operands.residual
     return reference.rms_norm(y, operands.gamma, operands.eps), y
 
 

@@ -11,13 +11,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
-from shardwright.kernels import fused_reference, gradients
+from shardwright.kernels import chunked, fused_reference, gradients
 from shardwright.kernels.operands import Antiquant, Dequant, Given, Operands, check
 from shardwright.kernels.select import select_for
 
 Implementation = Callable[[Operands, Group], Tensor]
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": fused_reference.matmul_all_reduce}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": fused_reference.matmul_all_reduce,
+    "chunked": chunked.matmul_all_reduce,
+}
 
 
 def matmul_all_reduce(
@@ -58,7 +61,8 @@ def matmul_all_reduce(
 
     The output is `x1.shape[:-1] + (n,)`, alike on every rank, of x1's dtype; with int8 x1 it is bfloat16 where
     dequant_scale is, else float16. bias and x3 are added *before* the reduce, so they count once a rank that passes
-    them. comm_turn: 0, or how many chunks to cut for overlap; no implementation cuts yet. Differentiable where x1
+    them. comm_turn: into how many pieces to cut the product, each reduced while the next one multiplies (`chunked`; at
+    most as many as the dim cut is long), alike on all ranks; 0 leaves it to `select`'s table. Differentiable where x1
     floats, in x1, bias, x3 and a floating x2; the backward moves nothing.
 
     Raises:
@@ -75,7 +79,7 @@ def matmul_all_reduce(
 
 
 def _forward(operands: Operands, group: Group) -> Tensor:
-    name = select_for("matmul_all_reduce", operands.x1, group, operands.elements, operands.mode)
+    name = select_for("matmul_all_reduce", operands.x1, group, operands.elements, operands.mode, operands.turns)
     return IMPLEMENTATIONS[name](operands, group)
 
 

@@ -85,7 +85,7 @@ class Given:
 class Operands:
     """A checked call: x1 `[m, k_r]` or `[b, s, k_r]`, x2 `[k_r, n]`, the output of `dtype` and `shape`.
 
-    turns: 0 leaves the cutting into chunks to the implementation, n asks for n.
+    turns: into how many pieces to cut; 0 leaves it to the implementation.
     """
 
     x1: Tensor

@@ -4,7 +4,7 @@ Knows nothing of ranks or of which operator asks. The formats are the Ascend one
 here; sources are named where each is defined.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -35,6 +35,11 @@ class WeightQuant:
     group_size: int
     packed: Literal["k", "n"] | None
 
+    def columns(self, start: int, stop: int) -> "WeightQuant":
+        """That of the columns `start…stop` of the weight, counted in values."""
+        offset = None if self.offset is None else _columns(self.offset, start, stop)
+        return replace(self, scale=_columns(self.scale, start, stop), offset=offset)
+
 
 @dataclass(frozen=True)
 class FullQuant:
@@ -46,6 +51,15 @@ class FullQuant:
     scale: Tensor
     per_token: Tensor | None
     wire: tuple[Tensor, Tensor] | None
+
+    def columns(self, start: int, stop: int) -> "FullQuant":
+        """That of the columns `start…stop` of the product."""
+        wire = self.wire and (_columns(self.wire[0], start, stop), _columns(self.wire[1], start, stop))
+        return replace(self, scale=_columns(self.scale, start, stop), wire=wire)
+
+    def rows(self, start: int, stop: int) -> "FullQuant":
+        """That of the rows `start…stop` of the product."""
+        return replace(self, per_token=None if self.per_token is None else self.per_token[start:stop])
 
 
 def pack_int4(weight: Tensor) -> Tensor:
@@ -129,6 +143,10 @@ def floating_weight(x2: Tensor, weight: WeightQuant | None) -> Tensor:
 def quantise_int8(x: Tensor) -> Tensor:
     """To the nearest int8, halves to even, values beyond −128…127 to the nearer end."""
     return x.round().clamp(-128, 127).to(torch.int8)
+
+
+def _columns(parameter: Tensor, start: int, stop: int) -> Tensor:
+    return parameter if parameter.shape[-1] == 1 else parameter[..., start:stop]
 
 
 def _by_row(parameter: Tensor, group_size: int, rows: int) -> Tensor:

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
 from shardwright.errors import UsageError
-from shardwright.kernels import fused_reference, gradients, reference
+from shardwright.kernels import chunked, fused_reference, gradients, reference
 from shardwright.kernels.operands import Antiquant, Dequant, Given, check
-from shardwright.kernels.select import select_for
+from shardwright.kernels.select import Kernel, select_for
 from shardwright.kernels.sibling_operands import (
     NormOperands,
     ShareOperands,
@@ -29,7 +29,8 @@ GATHER: dict[str, Callable[[ShareOperands, Group], tuple[Tensor, Tensor]]] = {
 }
 SCATTER: dict[str, Callable[[ShareOperands, Group], Tensor]] = {"reference": fused_reference.matmul_reduce_scatter}
 NORM: dict[str, Callable[[NormOperands, Group], tuple[Tensor, Tensor]]] = {
-    "reference": fused_reference.matmul_all_reduce_add_rms_norm
+    "reference": fused_reference.matmul_all_reduce_add_rms_norm,
+    "chunked": chunked.matmul_all_reduce_add_rms_norm,
 }
 
 
@@ -151,7 +152,8 @@ def _scatter(operands: ShareOperands, group: Group) -> Tensor:
 
 def _norm(operands: NormOperands, group: Group) -> tuple[Tensor, Tensor]:
     product = operands.product
-    name = select_for("matmul_all_reduce_add_rms_norm", product.x1, group, product.elements, product.mode)
+    kernel: Kernel = "matmul_all_reduce_add_rms_norm"
+    name = select_for(kernel, product.x1, group, product.elements, product.mode, product.turns)
     return NORM[name](operands, group)
 
 
