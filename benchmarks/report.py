@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BENCHMARKS = {
     "all_reduce": "All-reduce of two ranks",
+    "matmul_all_reduce": "Matmul and all-reduce in one call, two ranks",
     "decode": "Decoding, and reading a prompt",
     "load": "From the start of the process to the first token, and memory",
     "overhead": "What the layers cost at one rank",

@@ -114,12 +114,13 @@ def test_bias_and_x3_count_once_a_rank_that_passes_them() -> None:
 
 @pytest.mark.parametrize("packed", ["n", "k"])
 def test_int4_words_mean_the_same_in_any_memory_order(packed: str) -> None:
-    """Which dim is packed is told by x1's k; a copy in another order gives the same bits."""
+    """Which dim is packed is told by x1's k; a copy in another order gives the same, but for the order of its sums."""
     case = Case((3,), (16,), 8, torch.float32, packed=packed)
     (call,) = case.calls()
     copies = [call["x2"].contiguous(), call["x2"].T.contiguous().T, calls.every_other(call["x2"])]
     results = [matmul_all_reduce(group=SingleGroup(), **(call | {"x2": x2})) for x2 in copies]
-    assert all(torch.equal(y, results[0]) for y in results)
+    for y in results:  # 16 products in float32
+        torch.testing.assert_close(y, results[0], rtol=1e-6, atol=1e-6 * float(results[0].abs().max()))
 
 
 @pytest.mark.parametrize("scale", ["tensor", "column"])

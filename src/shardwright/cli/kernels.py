@@ -39,5 +39,6 @@ def kernels(options: KernelsOptions) -> None:
         where = [f"{name} {value}" for name, value in conditions.items() if value != "*"]
         where += [f"{row.elements} elements or more"] if row.elements else []
         where += [f"comm_turn {row.turns} or more"] if row.turns else []
+        where += [f"with {row.needs}"] if row.needs else []
         table.add_row(row.kernel, row.implementation, ", ".join(where) or "anywhere", row.reason)
     Console().print(table)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
 from shardwright.kernels import chunked, fused_reference, gradients
+from shardwright.kernels.cpu import weight_quant
 from shardwright.kernels.operands import Antiquant, Dequant, Given, Operands, check
 from shardwright.kernels.select import select_for
 
@@ -20,6 +21,7 @@ Implementation = Callable[[Operands, Group], Tensor]
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": fused_reference.matmul_all_reduce,
     "chunked": chunked.matmul_all_reduce,
+    "strips": weight_quant.matmul_all_reduce,
 }
 
 

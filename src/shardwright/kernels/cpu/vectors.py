@@ -96,7 +96,7 @@ def products(rows: int, vectors: int, chains: int) -> Any:
             sums = _loop(
                 builder, lines(weights, arguments[1], rows), lines(values, arguments[3], vectors), chains, arguments[4]
             )
-            return context.make_tuple(builder, signature.return_type, [_across(builder, total) for total in sums])
+            return context.make_tuple(builder, signature.return_type, [across(builder, total) for total in sums])
 
         return types.UniTuple(types.float32, rows * vectors)(w, types.int64, x, types.int64, types.int64), generate
 
@@ -163,7 +163,7 @@ def _is_half(data: Any) -> bool:
     return bool(data.type.pointee == ir.IntType(16))
 
 
-def _across(builder: Any, vector: Any) -> Any:
+def across(builder: Any, vector: Any) -> Any:
     """The sum of a vector's elements: halves are added until one is left."""
     width = LANES
     while width > 1:
