@@ -120,7 +120,7 @@ WRONG = [
     (("--dtype", "int3", "hi"), 2, "dtype=int3: there is no such weight type; use float32 or bfloat16"),
     (("--model", "/no/such/model", "hi"), 3, "/no/such/model: it cannot be opened: No such file or directory"),
     (("--model", "{truncated}", "hi"), 3, "but the file has 60,000,000; download it again"),
-    (("--model", "{bert}", "hi"), 4, "architecture 'BertModel' is not supported; supported are LlamaForCausalLM"),
+    (("--model", "{bert}", "hi"), 4, "architecture 'BertModel' is not supported; supported are FalconForCausalLM"),
 ]
 
 

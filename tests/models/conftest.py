@@ -7,8 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+import transformers
+from transformers import PreTrainedModel
 from transformers.utils import logging
+
+CLASSES = {
+    "falcon": "FalconForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "opt": "OPTForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+}
+"""Our name of a family → transformers' class."""
 
 Saved = tuple[PreTrainedModel, Path]
 Save = Callable[..., Saved]
@@ -21,9 +39,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Save:
     root = tmp_path_factory.mktemp("saved")
 
     def save(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Saved:
-        kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-        config, model_class = kinds[family]
-        model = model_class(config(attn_implementation="eager", **sizes)).to(dtype).eval()
+        model_class = getattr(transformers, CLASSES[family])
+        model = model_class(model_class.config_class(attn_implementation="eager", **sizes)).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name else 0.0

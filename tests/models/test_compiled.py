@@ -13,6 +13,7 @@ from shardwright.layers.kv import PagedKV
 from shardwright.models.compiled import CompiledStep
 from shardwright.models.decoder import Decoder
 from shardwright.models.execution import obstacle
+from shardwright.models.rope import DynamicScaling, YarnScaling
 from shardwright.testing.models import tiny_config
 from shardwright.testing.ranks import on_processes
 
@@ -20,6 +21,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"tied": True},
     "qwen3": {"family": "qwen3", "qk_norm": True},
+    "windows": {"family": "mistral", "windows": (3, 0)},
+    "partly turned": {"rotary_size": 2},
+    "yarn": {"rope_scaling": YarnScaling(factor=4.0, original=8, attention=1.2), "rope_theta": 30.0},
     "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
 PAGE = 4
@@ -81,6 +85,27 @@ def check_every_variant(group: Group) -> None:
 def test_ranks_of_shared_memory_equal_the_torch_path(ranks: int) -> None:
     """At 7 one rank has no head: it multiplies nothing and takes part in every sum."""
     on_processes(ranks, check_every_variant)
+
+
+LACKING: dict[str, dict[str, Any]] = {
+    "LayerNorm": {"norm": "layer"},
+    "norms by 1 + weight": {"norm": "rms_plus_one"},
+    "norms behind attention and MLP": {"block": "sandwich"},
+    "attention and MLP side by side": {"block": "parallel_shared"},
+    "MLP but SwiGLU": {"activation": "gelu"},
+    "norms over all heads at once": {"wide_qk_norm": True},
+    "soft limits": {"logit_cap": 30.0},
+    "other scale of scores": {"score_scale": 0.3},
+    "scaled embeddings": {"embedding_scale": 3.0},
+    "learned positions": {"learned_positions": 64},
+    "second rotary base": {"windows": (3, 0), "local_rope_theta": 100.0},
+    "angles that follow a text's length": {"rope_scaling": DynamicScaling(factor=2.0, context=8)},
+}
+
+
+@pytest.mark.parametrize(("said", "changes"), LACKING.items(), ids=LACKING)
+def test_what_it_lacks_is_said(said: str, changes: dict[str, Any]) -> None:
+    assert obstacle(Decoder(tiny_config(**changes), SingleGroup())) == f"the compiled step has no {said}"
 
 
 def test_what_it_does_not_take() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from shardwright.errors import UsageError
-from shardwright.models.config import RopeScaling
+from shardwright.models.rope import Llama3Scaling
 from shardwright.testing.models import tiny_config
 
 
@@ -27,7 +27,7 @@ def test_frequencies_fall_from_one_by_theta() -> None:
 
 def test_llama3_keeps_fast_pairs_and_divides_slow_ones() -> None:
     """Pairs that turn over 4 times in 64 positions are kept, under once divided by 8, and those between lie between."""
-    scaling = RopeScaling(factor=8.0, low=1.0, high=4.0, original=64)
+    scaling = Llama3Scaling(factor=8.0, low=1.0, high=4.0, original=64)
     plain = tiny_config(head_size=64).rope_frequencies()
     scaled = tiny_config(head_size=64, rope_scaling=scaling).rope_frequencies()
     kinds = set()

@@ -15,6 +15,7 @@ from shardwright.comm.group import Group
 from shardwright.comm.single import SingleGroup
 from shardwright.errors import FileError, ShardwrightError, UnsupportedError, UsageError
 from shardwright.layout.spec import stored_bytes
+from shardwright.models.families import FAMILIES
 from shardwright.models.load import Loaded, load
 from shardwright.testing.models import largest_difference
 from shardwright.testing.ranks import on_threads
@@ -145,25 +146,29 @@ def test_what_a_tied_model_and_old_files_hold_besides_is_passed_over(saved: Any,
     assert model.head is None
 
 
-SUPPORTED = "supported are LlamaForCausalLM, Qwen3ForCausalLM"
+SUPPORTED = "supported are " + ", ".join(sorted(family.architecture for family in FAMILIES))
 
 
 @pytest.mark.parametrize(("config", "kind", "said"), [
-    ({"architectures": ["GPT2LMHeadModel"]}, UnsupportedError, f"'GPT2LMHeadModel' is not supported; {SUPPORTED}"),
+    ({"architectures": ["MambaForCausalLM"]}, UnsupportedError, f"'MambaForCausalLM' is not supported; {SUPPORTED}"),
     ({"architectures": []}, UnsupportedError, f"is not supported; {SUPPORTED}"),
     ({"architectures": [["x"]]}, UnsupportedError, f"is not supported; {SUPPORTED}"),
     ({"architectures": {"a": 1}}, UnsupportedError, f"is not supported; {SUPPORTED}"),
     ({"architectures": ["a\nb"]}, UnsupportedError, f"is not supported; {SUPPORTED}"),
     ({"use_sliding_window": True}, UnsupportedError, "sliding-window attention is not supported"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, UnsupportedError, "sliding-window attention"),
-    ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act 'gelu' is not supported"),
-    ({"partial_rotary_factor": 0.5}, UnsupportedError, "partial_rotary_factor 0.5 is not supported"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, UnsupportedError, "partial_rotary_factor 0.5"),
+    ({"hidden_act": "mish"}, UnsupportedError, "activation 'mish' is not supported; supported are silu, swish, gelu"),
+    ({"hidden_act": "a\nb"}, UnsupportedError, "is not supported; supported are silu"),
+    ({"partial_rotary_factor": 1.5}, FileError, "partial_rotary_factor is 1.5:"),
+    ({"rope_parameters": {"partial_rotary_factor": -1.0}}, FileError, "rope_parameters.partial_rotary_factor is -1.0:"),
+    ({"use_bidirectional_attention": True}, UnsupportedError, "bidirectional attention is not supported"),
     ({"quantization_config": {"bits": 4}}, UnsupportedError, "quantization_config"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, UnsupportedError, "rope_type 'yarn' is not supported"),
-    ({"rope_parameters": {"type": "linear", "factor": 2.0}}, UnsupportedError, "rope_type 'linear' is not supported"),
-    ({"rope_scaling": {"type": "dynamic"}}, UnsupportedError, "rope_type 'dynamic' is not supported"),
-    ({"rope_scaling": {"rope_type": ["llama3"]}}, UnsupportedError, "is not supported; supported are default, llama3"),
+    ({"rope_parameters": {"rope_type": "spiral"}}, UnsupportedError, "rope_type 'spiral' is not supported"),
+    ({"rope_parameters": {"type": "linear", "factor": -2.0}}, FileError, "rope_parameters.factor is -2.0:"),
+    ({"rope_scaling": {"type": "dynamic"}}, FileError, "rope_scaling.factor field required"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0, 3.0]}}, FileError,
+     "its rope has 1 short and 3 long factors for 2 rotary pairs"),
+    ({"rope_scaling": {"rope_type": ["llama3"]}}, UnsupportedError, "is not supported; supported are default, linear"),
     ({"rope_scaling": {"rope_type": "llama3"}}, FileError, "rope_scaling.factor field required"),
     ({"rope_parameters": {"rope_theta": -1.0}}, FileError, "rope_parameters.rope_theta is -1.0:"),
     ({"rope_parameters": {"rope_theta": float("inf")}}, FileError, "rope_parameters.rope_theta is inf:"),

@@ -17,16 +17,15 @@ from shardwright.layout.heads import HeadPartition
 from shardwright.layout.sharding import qkv_linear
 from shardwright.layout.spec import Piece, boxes, split_rows
 from shardwright.models.decoder import Decoder
-from shardwright.testing.models import largest_difference, loss_of, tiny_config, whole_tensors
+from shardwright.testing.models import SHAPES, largest_difference, loss_of, tiny_config, whole_tensors
 from shardwright.testing.ranks import on_processes, on_threads
 
 SEQUENCES = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [22, 0, 8, 9]]
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"tied": True},
-    {"family": "qwen3", "qk_norm": True},
-    {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
-]
+VARIANTS: dict[str, Any] = {
+    **SHAPES,
+    "tied": {"tied": True},
+    "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+}
 
 
 def gradients(model: Decoder) -> dict[str, Tensor]:
@@ -56,7 +55,7 @@ def check_backward(group: Group, changes: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("changes", VARIANTS, ids=["untied", "tied", "qwen3", "biases"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_gradients_equal_the_twin(tp: int, changes: dict[str, Any]) -> None:
     """At TP 4 both KV heads straddle ranks, one of them three."""
     on_threads(tp, check_backward, changes)
@@ -76,10 +75,14 @@ def test_one_body_runs_on_threads_and_on_processes() -> None:
     assert threads == pytest.approx(processes, rel=1e-14)
 
 
+@pytest.mark.parametrize("shape", ["qwen3", "olmo2", "gpt_neox"])
 @pytest.mark.parametrize("tp", [2, 4, 7])
-def test_a_planned_run_calls_what_a_real_run_calls(tp: int) -> None:
-    """Operation, bytes and tag of every collective, forward and backward, without peers and without values."""
-    config = tiny_config(family="qwen3", qk_norm=True)
+def test_a_planned_run_calls_what_a_real_run_calls(shape: str, tp: int) -> None:
+    """Operation, bytes and tag of every collective, forward and backward, without peers and without values.
+
+    Norms over all heads at once add one all-reduce of T x 2 a layer.
+    """
+    config = tiny_config(**SHAPES[shape])
 
     def step(group: RecordingGroup) -> list[Call]:
         model = Decoder(config, group)
@@ -93,8 +96,11 @@ def test_a_planned_run_calls_what_a_real_run_calls(tp: int) -> None:
             planned = step(RecordingGroup(PlannedGroup(rank, tp)))
         assert planned == real[rank]
     forward = [call for call in real[0] if "grad" not in call.tag]
-    assert len(forward) == 1 + 2 * config.layers
-    assert {call.bytes for call in forward} == {14 * config.hidden * 4}
+    squares = [call for call in forward if call.tag.endswith("qk_norm")]
+    assert len(squares) == config.layers * config.wide_qk_norm
+    assert {call.bytes for call in squares} <= {14 * 2 * 4}
+    assert len(forward) - len(squares) == 1 + 2 * config.layers
+    assert {call.bytes for call in forward if call not in squares} == {14 * config.hidden * 4}
 
 
 def check_stages(group: Group) -> None:

@@ -1,6 +1,5 @@
 """Seam 2 of whole models: computed without torch, equal to what the decoder builds, and adding up to the model."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -11,12 +10,12 @@ import torch
 
 from shardwright.comm.planned import PlannedGroup
 from shardwright.layout.partition import Partition
-from shardwright.layout.spec import stored_bytes
+from shardwright.layout.spec import boxes, stored_bytes
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
 from shardwright.models.families import FAMILIES, by_name
 from shardwright.models.specs import Cuts, model_specs
-from shardwright.testing.models import tiny_config
+from shardwright.testing.models import SHAPES, tiny_config
 
 LLAMA_405B: dict[str, Any] = {
     "family": "llama",
@@ -35,7 +34,7 @@ LLAMA_405B: dict[str, Any] = {
 WITHOUT_TORCH = """
 import json, sys
 sys.modules["torch"] = None
-from shardwright.layout.spec import stored_bytes
+from shardwright.layout.spec import boxes, stored_bytes
 from shardwright.models.config import ModelConfig
 from shardwright.models.families import by_name
 from shardwright.models.specs import Cuts, model_specs
@@ -60,17 +59,17 @@ def test_the_tables_of_a_405b_model_need_no_torch() -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
-def test_the_decoder_builds_what_the_tables_say(family: str, tp: int) -> None:
-    """Names in the same order, shapes and dtypes, on every rank, with and without every kind of bias and a head."""
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_decoder_builds_what_the_tables_say(shape: dict[str, Any], tp: int) -> None:
+    """Names, shapes and dtypes, on every rank, with and without every kind of bias and a head."""
     flags = ("tied", "qkv_bias", "out_bias", "mlp_bias")
-    for values in itertools.product((False, True), repeat=len(flags)):
-        qk_norm = by_name(family).qk_norm
-        config = tiny_config(family=family, qk_norm=qk_norm, **dict(zip(flags, values, strict=True)))
+    for values in ((False,) * 4, (True, False, True, False), (False, True, False, True)):
+        config = tiny_config(**(shape | dict(zip(flags, values, strict=True))))
+        naming = by_name(config.family).naming(config)
         for rank in range(tp):
             with torch.device("meta"):
                 model = Decoder(config, PlannedGroup(rank, tp)).bfloat16()
-            table = model_specs(config, Cuts.balanced(config, tp), rank, by_name(family).huggingface, dtype="bfloat16")
+            table = model_specs(config, Cuts.balanced(config, tp), rank, naming, dtype="bfloat16")
             built = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
             said = {name: (name, spec.shape, getattr(torch, spec.dtype)) for name, spec in table.items()}
             assert sorted(built) == sorted(said.values())
@@ -79,12 +78,16 @@ def test_the_decoder_builds_what_the_tables_say(family: str, tp: int) -> None:
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 6, 24])
 @pytest.mark.parametrize("cut", [Partition.balanced, Partition.remainder_last])
-def test_pieces_cover_every_source_once(tp: int, cut: Any) -> None:
-    """By holders: the pieces of the lowest holders tile each source tensor, so that saving writes every value once."""
-    config = tiny_config(family="qwen3", qk_norm=True, qkv_bias=True)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_pieces_cover_every_source_once(shape: dict[str, Any], tp: int, cut: Any) -> None:
+    """By holders: the pieces of the lowest holders tile each source tensor, so that saving writes every value once.
+
+    Fused ones too: their parts fill one tensor among them.
+    """
+    config = tiny_config(**(shape | {"qkv_bias": True}))
     plain = Cuts.balanced(config, tp)
     cuts = Cuts(plain.heads, cut(config.feed_forward, tp), cut(config.vocabulary, tp))
-    naming = by_name("qwen3").huggingface
+    naming = by_name(config.family).naming(config)
     tables = [model_specs(config, cuts, rank, naming) for rank in range(tp)]
     count: dict[str, torch.Tensor] = {}
     for rank, table in enumerate(tables):
@@ -93,9 +96,14 @@ def test_pieces_cover_every_source_once(tp: int, cut: Any) -> None:
                 assert rank in piece.holders
                 if piece.holders[0] == rank:
                     seen = count.setdefault(piece.source, torch.zeros(piece.source_shape, dtype=torch.int64))
-                    seen[tuple(slice(*ranges[0]) for ranges in piece.source_ranges)] += 1
+                    for box, _ in boxes(piece.source_ranges):
+                        seen[tuple(slice(*span) for span in box)] += 1
     assert all(bool((seen == 1).all()) for seen in count.values())
     assert sum(seen.numel() for seen in count.values()) * 4 == stored_bytes(tables)[0]
+
+
+def test_every_family_has_its_shape() -> None:
+    assert {tiny_config(**shape).family for shape in SHAPES.values()} == {family.name for family in FAMILIES}
 
 
 def test_unequal_devices_are_cuts_like_any_other() -> None:

@@ -10,19 +10,31 @@ from shardwright.kernels import reference
 from shardwright.kernels.select import select
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float) -> Tensor:
-    """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`."""
-    return IMPLEMENTATIONS[select("attention", q.device.type, q.dtype)](q, k, v, kv_index, scale)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
+    """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`.
+
+    window: tokens a position looks back over, itself included; 0 for all · cap: of the scores, by tanh; 0 for none.
+    """
+    unseen = len(k) - len(q) - window + 1
+    if window and unseen > 0:  # nobody looks that far back
+        k, v = k[unseen:], v[unseen:]
+    implementation = select("attention", q.device.type, q.dtype, mode="capped" if cap else "plain")
+    return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float) -> Tensor:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
+    if cap:
+        raise AssertionError("the fused attention caps no scores")
     index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k.index_select(1, index), v.index_select(1, index)))
     length, held = q.shape[0], k.shape[0]
-    whole = length == held
-    mask = None
-    if not whole and length > 1:
-        mask = torch.ones(length, held, dtype=torch.bool, device=q.device).tril(held - length)
+    windowed = 0 < window < held
+    whole = length == held and not windowed
+    mask = None if whole or (length <= 1 and not windowed) else reference.visible(length, held, window, q.device)
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale)
     return y[0].transpose(0, 1)
 

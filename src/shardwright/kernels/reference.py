@@ -18,11 +18,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
+def rms_norm_plus_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * (1 + weight)`, in float32 to the end (Gemma)."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    wide, scale = (x.float(), weight.float()) if narrow else (x, weight)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + scale)).to(x.dtype)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2) of each head of `x [T, heads, D]` by the angles of `cos, sin [T, D/2]` (Su 2021)."""
     first, second = x.chunk(2, -1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` of the first dims of each head, as many as there are angles for; the others stay."""
+    turned = 2 * cos.shape[-1]
+    return torch.cat((rotary(x[..., :turned], cos, sin), x[..., turned:]), -1)
+
+
+def unturned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` itself, where positions are learned; `cos` and `sin` are empty."""
+    return x
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -31,18 +49,28 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+) -> Tensor:
     """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
 
-    kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks.
+    kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks. window: how many
+    tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`.
     """
     index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
     keys, values = k.index_select(1, index).transpose(0, 1), v.index_select(1, index).transpose(0, 1)
     scores = q.transpose(0, 1) @ keys.transpose(1, 2) * scale
-    length, held = q.shape[0], k.shape[0]
-    hidden = torch.ones(length, held, dtype=torch.bool, device=q.device).triu(held - length + 1)
+    if cap:
+        scores = (scores / cap).tanh() * cap
+    hidden = ~visible(q.shape[0], k.shape[0], window, q.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=_wide(q)).to(q.dtype)
     return (weights @ values).transpose(0, 1)
+
+
+def visible(length: int, held: int, window: int, device: torch.device) -> Tensor:
+    """Which of `held` positions each of the last `length` ones may look at, `[S, L]` bool."""
+    seen = torch.ones(length, held, dtype=torch.bool, device=device).tril(held - length)
+    return seen.triu(held - length - window + 1) if window else seen
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -55,6 +55,7 @@ FUSED = (
     "torch's fused attention keeps no [N, S, L] scores: on one AMD EPYC core in float32, 9 heads of 64, it takes 8 ms "
     "for 512 tokens and 0.096 ms for one token over 512, the reference 11 to 26 ms and 0.11 ms"
 )
+UNCAPPED = "torch's fused attention caps no scores"
 FORCED = "the call says how often to cut"
 CUT = (
     "pieces of 4 MiB over gloo, two ranks on two Xeon cores, float32: 1.06 to 1.23 times as fast as the reference from "
@@ -101,6 +102,7 @@ TABLE: tuple[Choice, ...] = (
     *_reference("matmul_reduce_scatter", "matmul, then the group's reduce-scatter"),
     *_reference("matmul_all_reduce_add_rms_norm", "matmul, the group's all-reduce, addition, norm"),
     Choice(kernel="attention", device="meta", implementation="reference", reason=META),
+    Choice(kernel="attention", mode="capped", implementation="reference", reason=UNCAPPED),
     Choice(kernel="attention", implementation="fused", reason=FUSED),
 )
 

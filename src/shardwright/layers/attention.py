@@ -1,5 +1,7 @@
 """Grouped-query attention over a flat batch, this rank's heads only."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -10,32 +12,91 @@ from shardwright.kernels.reference import rotary
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
+from shardwright.layers.norm import WideQKNorm
 from shardwright.layers.rotary import Rope
 
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""How heads `[T, heads, D]` take their positions from cos and sin."""
 
-@final
-class Attention(nn.Module):
-    """`out(softmax(q k.T / sqrt(D)) v)`, causal, cut by heads.
 
-    Each rank computes its query heads over the KV heads they need, and `out` sums over the ranks: one all-reduce of
-    T x H forward, one backward. `q_norm` and `k_norm` act on each head before rotation (Qwen3), or are identities.
-    """
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How scores come about. scale: of q k.T · window: tokens looked back over, 0: all · cap: by tanh, 0: none."""
 
-    def __init__(self, qkv: QKVParallelLinear, out: RowParallelLinear, q_norm: nn.Module, k_norm: nn.Module) -> None:
+    scale: float
+    window: int = 0
+    cap: float = 0.0
+
+
+class _Attention(nn.Module):
+    """Shared: each rank computes its query heads over the KV heads they need, and `out` sums over the ranks."""
+
+    def __init__(self, qkv: QKVParallelLinear, out: RowParallelLinear, scoring: Scoring | None, turn: Turn) -> None:
         super().__init__()
-        self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
+        self.qkv, self.out, self.turn = qkv, out, turn
         rank = qkv.group.rank
         self.head_size = qkv.head_size
         self.heads, self.kv_heads = qkv.heads.query.widths[rank], qkv.heads.kv_width(rank)
         self.kv_index = qkv.heads.kv_index(rank)
+        self.scoring = scoring or Scoring(scale=self.head_size**-0.5)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_size)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: KVStore) -> Tensor:
+        how, sequences = self.scoring, zip(batch.ranges, kv.extend(batch, k, v), strict=True)
+        parts = [
+            attention(q[start:stop], *past, self.kv_index, how.scale, how.window, how.cap)
+            for (start, stop), past in sequences
+        ] or [q]
+        y: Tensor = self.out(torch.cat(parts).reshape(len(q), self.heads * self.head_size))
+        return y
+
+
+@final
+class Attention(_Attention):
+    """`out(softmax(q k.T * scale) v)`, causal, cut by heads: one all-reduce of T x H forward, one backward.
+
+    `q_norm` and `k_norm` act on each head before rotation (Qwen3, Gemma 3), or are identities.
+    """
+
+    def __init__(
+        self,
+        qkv: QKVParallelLinear,
+        out: RowParallelLinear,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        scoring: Scoring | None = None,
+        turn: Turn = rotary,
+    ) -> None:
+        super().__init__(qkv, out, scoring, turn)
+        self.q_norm, self.k_norm = q_norm, k_norm
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
         """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        heads = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_size)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = rotary(self.q_norm(q), *rope), rotary(self.k_norm(k), *rope)
-        scale = self.head_size**-0.5
-        sequences = zip(batch.ranges, kv.extend(batch, k, v), strict=True)
-        parts = [attention(q[start:stop], *past, self.kv_index, scale) for (start, stop), past in sequences] or [q]
-        y: Tensor = self.out(torch.cat(parts).reshape(len(x), self.heads * self.head_size))
-        return y
+        q, k, v = self._project(x)
+        return self._attend(self.turn(self.q_norm(q), *rope), self.turn(self.k_norm(k), *rope), v, batch, kv)
+
+
+@final
+class WideNormAttention(_Attention):
+    """The same where q and k are normed over all heads at once: another all-reduce of T x 2 forward, and backward."""
+
+    def __init__(
+        self,
+        qkv: QKVParallelLinear,
+        out: RowParallelLinear,
+        qk_norm: WideQKNorm,
+        scoring: Scoring | None = None,
+        turn: Turn = rotary,
+    ) -> None:
+        super().__init__(qkv, out, scoring, turn)
+        self.qk_norm = qk_norm
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank."""
+        q, k, v = self._project(x)
+        q, k = self.qk_norm(q, k)
+        return self._attend(self.turn(q, *rope), self.turn(k, *rope), v, batch, kv)

@@ -14,7 +14,7 @@ class Batch:
 
     tokens, positions `[T]` int64 · lengths: new tokens of each sequence · held: tokens of each sequence in the KV pages
     after this step · tables: the KV pages of each sequence, in order · rows: which of the T rows give logits, or None
-    for all of them.
+    for all of them · known: tokens of each sequence known so far, computed or not; empty where that is `held`.
     """
 
     tokens: Tensor
@@ -23,6 +23,7 @@ class Batch:
     held: tuple[int, ...]
     tables: tuple[tuple[int, ...], ...] = ()
     rows: Tensor | None = None
+    known: tuple[int, ...] = ()
 
     @classmethod
     def whole(cls, sequences: Sequence[Sequence[int]], device: str = "cpu") -> "Batch":

@@ -102,8 +102,8 @@ def narrowed(x: Tensor, box: tuple[Range, ...]) -> Tensor:
 
 
 def cut(full: Tensor, piece: Piece) -> Tensor:
-    """A piece's values, taken from the whole source tensor; transforms are not applied."""
+    """A piece's values, taken from the whole source tensor; of the transforms only `transpose` is applied."""
     out = full.new_empty([sum(stop - start for start, stop in dim) for dim in piece.source_ranges])
     for there, here in boxes(piece.source_ranges):
         narrowed(out, here).copy_(narrowed(full, there))
-    return out
+    return out.T if piece.transform == "transpose" else out

@@ -1,16 +1,27 @@
-"""The SwiGLU feed-forward block."""
+"""The feed-forward blocks, each cut along F: one all-reduce of T x H forward, one backward."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import final
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.kernels.reference import swiglu
-from shardwright.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from shardwright.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""By `ModelConfig.activation`; `gelu_tanh` is the approximation by tanh (Hendrycks & Gimpel 2016)."""
 
 
 @final
 class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, cut along F: one all-reduce of T x H forward, one backward."""
+    """`down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, gate_up: MergedColumnParallelLinear, down: RowParallelLinear) -> None:
         super().__init__()
@@ -19,4 +30,33 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [T, H]` → `[T, H]`, both alike on every rank."""
         y: Tensor = self.down(swiglu(self.gate_up(x)))
+        return y
+
+
+@final
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`; with GELU it is GeGLU (Shazeer 2020)."""
+
+    def __init__(self, gate_up: MergedColumnParallelLinear, down: RowParallelLinear, activation: str) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.activation = gate_up, down, ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        y: Tensor = self.down(self.activation(gate) * up)
+        return y
+
+
+@final
+class PlainMLP(nn.Module):
+    """`down(activation(up(x)))`."""
+
+    def __init__(self, up: ColumnParallelLinear, down: RowParallelLinear, activation: str) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = up, down, ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank."""
+        y: Tensor = self.down(self.activation(self.up(x)))
         return y

@@ -1,19 +1,22 @@
-"""`RMSNorm`, held whole by every rank."""
+"""The norms that every rank holds whole, and the one over all heads that is cut by heads."""
 
 from typing import final
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from shardwright.comm import regions
 from shardwright.comm.group import Group
 from shardwright.kernels import reference
 from shardwright.layers.layer import ParallelLayer
 from shardwright.layout import sharding
+from shardwright.layout.heads import HeadPartition
 from shardwright.layout.spec import Gradient, Specs
 
 
-@final
-class RMSNorm(ParallelLayer):
-    """`x / sqrt(mean(x²) + eps) * w` over the last dim of size `size`.
+class Norm(ParallelLayer):
+    """A norm over the last dim of size `size`, its weight whole on every rank.
 
     gradient: `whole` where every rank sees the same x; `partial` where each sees only its heads, as q and k norms do.
     """
@@ -32,6 +35,84 @@ class RMSNorm(ParallelLayer):
         """All ones."""
         self.weight.data.fill_(1)
 
+
+@final
+class RMSNorm(Norm):
+    """`x / sqrt(mean(x²) + eps) * w`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., size]` → the same shape."""
         return reference.rms_norm(x, self.weight, self.eps)
+
+
+@final
+class PlusOneRMSNorm(Norm):
+    """`x / sqrt(mean(x²) + eps) * (1 + w)` (Gemma)."""
+
+    def reset(self, seed: int = 0) -> None:
+        """All zeros."""
+        self.weight.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., size]` → the same shape."""
+        return reference.rms_norm_plus_one(x, self.weight, self.eps)
+
+
+@final
+class LayerNorm(Norm):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * w + b` (Ba et al. 2016)."""
+
+    def _specs(self, rank: int, dtype: str) -> Specs:
+        sizes: dict[str, tuple[int, ...]] = {"weight": (self.size,), "bias": (self.size,)}
+        return sharding.replicated(sizes, self.group.size, gradient=self.gradient, dtype=dtype)
+
+    def reset(self, seed: int = 0) -> None:
+        """Ones and zeros."""
+        super().reset(seed)
+        assert self.bias is not None
+        self.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., size]` → the same shape."""
+        return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
+
+
+@final
+class WideQKNorm(ParallelLayer):
+    """RMSNorm of all query heads as one vector, and of all key heads as another, cut by heads (OLMo-2).
+
+    forward:   one all-reduce of T x 2, the sums of squares        backward:  one of T x 2
+
+    A KV head that several ranks hold is counted by the lowest of them.
+    """
+
+    def __init__(
+        self, heads: HeadPartition, head_size: int, group: Group, *, eps: float, name: str = "qk_norm"
+    ) -> None:
+        super().__init__(group, name, heads.query)
+        self.heads, self.head_size, self.eps = heads, head_size, eps
+        start, stop = heads.kv_range(group.rank)
+        self.first_counted = int(start < stop and heads.kv_holders(start)[0] != group.rank)
+        self._build()
+
+    def _specs(self, rank: int, dtype: str) -> Specs:
+        return sharding.qk_norm(self.heads, self.head_size, rank, dtype=dtype)
+
+    def reset(self, seed: int = 0) -> None:
+        """All ones."""
+        self.weight.data.fill_(1)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q [T, N_r, D]`, `k [T, K_r, D]` → the same shapes."""
+        wide = (q.float(), k.float()) if q.dtype in (torch.bfloat16, torch.float16) else (q, k)
+        counted = wide[0], wide[1][:, self.first_counted :]
+        squares = torch.stack([x.square().sum((1, 2)) for x in counted], 1)
+        # Each rank's heads need the sum, so its gradient comes from all of them: a reduce, then a copy.
+        squares = regions.copy(regions.reduce(squares, self.group, self.name), self.group, self.name)
+        weights = torch.split(self.weight.view(-1, self.head_size), [q.shape[1], k.shape[1]])
+        totals = (self.heads.heads * self.head_size, self.heads.kv_heads * self.head_size)
+        normed = [
+            (x * torch.rsqrt(squares[:, i] / total + self.eps)[:, None, None]).to(q.dtype) * weight
+            for i, (x, total, weight) in enumerate(zip(wide, totals, weights, strict=True))
+        ]
+        return normed[0], normed[1]

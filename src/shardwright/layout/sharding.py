@@ -5,7 +5,8 @@ parameter names. The layers are built from these tables, and the tables of whole
 names are the layer's own (`weight`, `q.weight`, `1.weight`); a model puts its checkpoint's names in their place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from shardwright.layout.heads import HeadPartition
 from shardwright.layout.partition import Partition, Range
@@ -15,7 +16,7 @@ DTYPE = "float32"
 
 
 def replicated(
-    sizes: dict[str, tuple[int, ...]], ranks: int, *, gradient: Gradient = "whole", dtype: str = DTYPE
+    sizes: Mapping[str, tuple[int, ...]], ranks: int, *, gradient: Gradient = "whole", dtype: str = DTYPE
 ) -> Specs:
     """Parameters every rank holds whole. `partial` where each rank sees only its share of what uses them."""
     everyone = tuple(range(ranks))
@@ -113,6 +114,55 @@ def qkv_linear(
         rows = queries.widths[rank] + 2 * count * head_size
         specs[name] = TensorSpec((rows, *columns), dtype, tuple(pieces) if rows else ())
     return specs
+
+
+def qk_norm(heads: HeadPartition, head_size: int, rank: int, *, dtype: str = DTYPE) -> Specs:
+    """Norm weights of all heads, `[(N_r + K_r) D]`: this rank's query heads, then its KV heads; `q.weight`, `k.weight`.
+
+    Pieces, holders and gradients are those of a bias of `qkv_linear`, less its v.
+    """
+    bias = qkv_linear(1, heads, head_size, rank, bias=True, dtype=dtype)["bias"]
+    rows = (heads.query.widths[rank] + heads.kv_width(rank)) * head_size
+    pieces = tuple(
+        replace(piece, source=piece.source.replace("bias", "weight"))
+        for piece in bias.pieces
+        if not piece.source.startswith("v.")
+    )
+    return {"weight": TensorSpec((rows,), dtype, pieces)}
+
+
+def within_fused(piece: Piece, part: int, sizes: Sequence[int], groups: int = 1) -> Piece:
+    """The same rows of a tensor that holds several parts fused.
+
+    sizes: rows of each part, in their order · part: which of them the piece is of · groups: blocks the tensor is made
+    of, each with its share of every part (GPT-NeoX: one a head; Falcon: one a KV head); 1 has whole parts end to end.
+    """
+    shares = [size // groups for size in sizes]
+    block, share, first = sum(shares), shares[part], sum(shares[:part])
+    ranges: list[Range] = []
+    for low, high in piece.source_ranges[0]:
+        while low < high:
+            group, inside = divmod(low, share)
+            stop = min(high, (group + 1) * share)
+            at = group * block + first + inside
+            joins = ranges and ranges[-1][1] == at
+            ranges[-1 if joins else len(ranges) :] = [(ranges[-1][0] if joins else at, at + stop - low)]
+            low = stop
+    return replace(
+        piece,
+        source_shape=(sum(sizes), *piece.source_shape[1:]),
+        source_ranges=(tuple(ranges), *piece.source_ranges[1:]),
+    )
+
+
+def transposed(piece: Piece) -> Piece:
+    """The same piece of a checkpoint that keeps the tensor with its dims swapped."""
+    return replace(
+        piece,
+        source_shape=piece.source_shape[::-1],
+        source_ranges=piece.source_ranges[::-1],
+        transform="transpose",
+    )
 
 
 def _box(shape: Sequence[int]) -> tuple[Range, ...]:

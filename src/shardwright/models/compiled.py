@@ -16,10 +16,14 @@ from shardwright.comm.rounds import DONE, WAITED
 from shardwright.comm.segment import SLOT
 from shardwright.comm.shared_memory import SharedMemoryGroup, alone, tag_fingerprint
 from shardwright.kernels.cpu import decode
+from shardwright.layers.attention import Attention
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
+from shardwright.layers.mlp import SwiGLU
 from shardwright.layers.norm import RMSNorm
-from shardwright.models.decoder import Decoder, DecoderLayer
+from shardwright.layers.rotary import Rotary
+from shardwright.models.blocks import DecoderLayer
+from shardwright.models.decoder import Decoder
 
 
 @final
@@ -48,8 +52,9 @@ class CompiledStep:
             head.weight.dtype == torch.bfloat16,
         )
         self._plan = np.zeros((model.config.layers + 1, decode.FIELDS), np.int64)
-        for row, layer in zip(self._plan, model.layers, strict=False):
+        for number, (row, layer) in enumerate(zip(self._plan, model.layers, strict=False)):
             self._describe(row, layer)
+            row[decode.WINDOW] = model.config.window(number)
         self._plan[-1, : decode.TOKEN_CALL + 1] = (
             self._float32(model.norm.weight),
             head.weight.data_ptr(),
@@ -57,7 +62,7 @@ class CompiledStep:
             tag_fingerprint(model.embedding.name),
             tag_fingerprint("token"),
         )
-        self._angles = np.empty((0, 2, model.config.head_size // 2), np.float32)
+        self._angles = np.empty((0, 2, model.config.turned // 2), np.float32)
         self._pages: Tensor | None = None
         self._room = np.empty(0, np.float32)
 
@@ -95,6 +100,7 @@ class CompiledStep:
 
     def _turn_to(self, positions: int) -> None:
         """Know the angles of that many positions."""
+        assert isinstance(self.model.rotary, Rotary)
         self._angles = torch.stack(self.model.rotary(torch.arange(positions), torch.float32), 1).numpy()
 
     def _find_pages(self) -> None:
@@ -121,6 +127,8 @@ class CompiledStep:
     def _describe(self, row: NDArray[np.int64], layer: nn.Module) -> None:
         assert isinstance(layer, DecoderLayer)
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(attention, Attention)
+        assert isinstance(mlp, SwiGLU)
         row[decode.NORM] = self._float32(layer.attention_norm.weight)
         row[decode.MLP_NORM] = self._float32(layer.mlp_norm.weight)
         for linear, weight, bias in (

@@ -1,32 +1,34 @@
 """`ModelConfig`: what the decoder needs to know of a model, whatever file it came from. No torch."""
 
 from dataclasses import dataclass
-from math import pi
+from typing import Literal
 
 from shardwright.errors import UsageError
+from shardwright.models.rope import Frequencies, RopeScaling, plain
 
+Norm = Literal["rms", "rms_plus_one", "layer"]
+Block = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
+"""Where the norms of a layer are: before attention and MLP; behind each; both; before, with attention and MLP side by
+side, by two norms or by one they share."""
 
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Llama 3.1's frequency stretch.
-
-    factor: how far slow pairs are stretched · low, high: turns over `original` positions below which a pair is slow,
-    above which it is fast.
-    """
-
-    factor: float
-    low: float
-    high: float
-    original: int
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer, in the notation of `docs/notation.md`.
+    """A decoder-only transformer, in the notation of `docs/notation.md`; defaults are Llama's.
 
     family: name of the row in `models.families` · hidden H · feed_forward F · layers · heads N · kv_heads K ·
     head_size D · vocabulary V · context: longest sequence, in tokens · tied: the embedding is the head too · qk_norm:
-    RMSNorm on each query and key head · *_bias: which projections carry a bias · dtype: of the weights, by name.
+    RMSNorm on each query and key head · wide_qk_norm: on all query heads as one vector, and on all key heads ·
+    *_bias: which projections carry a bias · gated: the MLP has a gate beside its up projection · dtype: of the weights,
+    by name.
+
+    rotary_size: how many dims of a head are turned, all by default · learned_positions: rows of a table of positions
+    that is added to the embedding, from row position_offset on, where nothing is turned · windows: for each layer the
+    tokens it looks back over, 0 for all; empty where all layers look at all · local_rope_theta: base of the layers with
+    a window, where it is another · score_scale: of attention scores, `D^-0.5` by default · score_cap, logit_cap: soft
+    limits by tanh, 0 for none · embedding_scale: what embeddings are multiplied by.
     """
 
     family: str
@@ -43,10 +45,24 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     tied: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     dtype: str = "float32"
+    norm: Norm = "rms"
+    block: Block = "pre"
+    activation: Activation = "silu"
+    gated: bool = True
+    rotary_size: int | None = None
+    learned_positions: int = 0
+    position_offset: int = 0
+    windows: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    score_scale: float | None = None
+    score_cap: float = 0.0
+    logit_cap: float = 0.0
+    embedding_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "feed_forward", "layers", "heads", "kv_heads", "head_size", "vocabulary", "context"):
@@ -57,21 +73,29 @@ class ModelConfig:
             raise UsageError(
                 "kv_heads", self.kv_heads, f"it must divide the {self.heads} query heads", "check the model's config"
             )
-        if self.head_size % 2:
+        if self.turned > self.head_size or self.turned % 2:
             raise UsageError("head_size", self.head_size, "rotary embedding turns pairs", "check the model's config")
+        if len(self.windows) not in (0, self.layers):
+            raise UsageError("windows", self.windows, f"there are {self.layers} layers", "give one for each layer")
 
-    def rope_frequencies(self) -> tuple[float, ...]:
-        """Angle per position of each of the D/2 rotary pairs, `theta^(-2i/D)` (Su et al. 2021), stretched if asked.
+    @property
+    def turned(self) -> int:
+        """Dims of a head that rotary embedding turns; none where positions are learned."""
+        if self.learned_positions:
+            return 0
+        return self.head_size if self.rotary_size is None else self.rotary_size
 
-        Llama 3.1's stretch keeps pairs that turn often, divides slow ones by `factor` and blends those between, by
-        their turns over the original context (the reference code published with Llama 3.1, `apply_scaling`).
-        """
-        base = tuple(self.rope_theta ** (-2 * pair / self.head_size) for pair in range(self.head_size // 2))
-        if self.rope_scaling is None:
-            return base
-        scaling, stretched = self.rope_scaling, []
-        for frequency in base:
-            turns = scaling.original * frequency / (2 * pi)
-            blend = min(max((turns - scaling.low) / (scaling.high - scaling.low), 0.0), 1.0)
-            stretched.append(frequency * (blend + (1 - blend) / scaling.factor))
-        return tuple(stretched)
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_size**-0.5 if self.score_scale is None else self.score_scale
+
+    def window(self, layer: int) -> int:
+        """How many tokens a layer looks back over, 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def rope_frequencies(self, length: int = 0) -> Frequencies:
+        """Angle per position of each rotary pair, stretched if asked, in a sequence of `length` known tokens."""
+        if self.rope_scaling is None or not self.turned:
+            return plain(self.rope_theta, self.turned)
+        return self.rope_scaling.frequencies(self.rope_theta, self.turned, length)

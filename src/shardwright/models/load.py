@@ -14,7 +14,7 @@ from shardwright.errors import FileError, UsageError
 from shardwright.layout.spec import Specs
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
-from shardwright.models.families import Naming
+from shardwright.models.family import Naming
 from shardwright.models.read import read_config
 from shardwright.models.room import Room
 from shardwright.models.specs import Cuts, model_specs

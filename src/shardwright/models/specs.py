@@ -4,15 +4,25 @@ Joins the tables of `layout.sharding` over the decoder's layers and puts the che
 own. `models.decoder` builds exactly these parameters; loading, saving and planning read this.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
 from shardwright.layout import sharding
 from shardwright.layout.heads import HeadPartition
 from shardwright.layout.partition import Partition
-from shardwright.layout.spec import Piece, Specs, TensorSpec, split_rows
-from shardwright.models.config import ModelConfig
-from shardwright.models.families import Naming
+from shardwright.layout.spec import Gradient, Piece, Specs, TensorSpec, split_rows
+from shardwright.models.config import Block, ModelConfig
+from shardwright.models.family import Naming
+
+NORMS_OF: Mapping[Block, tuple[str, ...]] = {
+    "pre": ("attention_norm", "mlp_norm"),
+    "post": ("attention_post_norm", "mlp_post_norm"),
+    "sandwich": ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"),
+    "parallel": ("attention_norm", "mlp_norm"),
+    "parallel_shared": ("attention_norm",),
+}
+"""The norms of each kind of layer, by name."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ def model_specs(config: ModelConfig, cuts: Cuts, rank: int, naming: Naming, *, d
     for layer in range(config.layers):
         parts |= _layer(config, cuts, rank, dtype or config.dtype, f"layers.{layer}.")
     return {
-        f"{path}.{name}": _from_checkpoint(spec.renamed(f"{path}."), naming, config.head_size)
+        f"{path}.{name}": _from_checkpoint(spec.renamed(f"{path}."), naming, config)
         for path, table in parts.items()
         for name, spec in table.items()
     }
@@ -52,43 +62,67 @@ def model_specs(config: ModelConfig, cuts: Cuts, rank: int, naming: Naming, *, d
 
 def _ends(config: ModelConfig, cuts: Cuts, rank: int, dtype: str) -> dict[str, Specs]:
     table = sharding.vocab_table(cuts.vocabulary, config.hidden, rank, dtype=dtype)
-    ends = {"embedding": table, "norm": _norm(config.hidden, cuts, dtype)}
+    ends = {"embedding": table, "norm": _norm(config, config.hidden, cuts, dtype)}
+    if config.learned_positions:
+        sizes = {"weight": (config.learned_positions, config.hidden)}
+        ends["positions"] = sharding.replicated(sizes, cuts.ranks, dtype=dtype)
     return ends if config.tied else ends | {"head": table}
 
 
 def _layer(config: ModelConfig, cuts: Cuts, rank: int, dtype: str, path: str) -> dict[str, Specs]:
     ff, inner = cuts.feed_forward, cuts.heads.query.times(config.head_size)
-    table = {
-        "attention_norm": _norm(config.hidden, cuts, dtype),
+    table = {norm: _norm(config, config.hidden, cuts, dtype) for norm in NORMS_OF[config.block]} | {
         "attention.qkv": sharding.qkv_linear(
             config.hidden, cuts.heads, config.head_size, rank, bias=config.qkv_bias, dtype=dtype
         ),
         "attention.out": sharding.row_linear(inner, config.hidden, rank, bias=config.out_bias, dtype=dtype),
-        "mlp_norm": _norm(config.hidden, cuts, dtype),
-        "mlp.gate_up": sharding.merged_column_linear(config.hidden, (ff, ff), rank, bias=config.mlp_bias, dtype=dtype),
         "mlp.down": sharding.row_linear(ff, config.hidden, rank, bias=config.mlp_bias, dtype=dtype),
     }
+    if config.gated:
+        both = sharding.merged_column_linear(config.hidden, (ff, ff), rank, bias=config.mlp_bias, dtype=dtype)
+        table["mlp.gate_up"] = both
+    else:
+        table["mlp.up"] = sharding.column_linear(config.hidden, ff, rank, bias=config.mlp_bias, dtype=dtype)
+    if config.wide_qk_norm:
+        table["attention.qk_norm"] = sharding.qk_norm(cuts.heads, config.head_size, rank, dtype=dtype)
     if config.qk_norm:
-        norm = sharding.replicated({"weight": (config.head_size,)}, cuts.ranks, gradient="partial", dtype=dtype)
+        norm = _norm(config, config.head_size, cuts, dtype, "partial")
         table |= {"attention.q_norm": norm, "attention.k_norm": norm}
     return {f"{path}{name}": specs for name, specs in table.items()}
 
 
-def _norm(size: int, cuts: Cuts, dtype: str) -> Specs:
-    return sharding.replicated({"weight": (size,)}, cuts.ranks, dtype=dtype)
+def _norm(config: ModelConfig, size: int, cuts: Cuts, dtype: str, gradient: Gradient = "whole") -> Specs:
+    names = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    return sharding.replicated(dict.fromkeys(names, (size,)), cuts.ranks, gradient=gradient, dtype=dtype)
 
 
-def _from_checkpoint(spec: TensorSpec, naming: Naming, head_size: int) -> TensorSpec:
-    return replace(spec, pieces=tuple(chain.from_iterable(_translated(p, naming, head_size) for p in spec.pieces)))
+def _from_checkpoint(spec: TensorSpec, naming: Naming, config: ModelConfig) -> TensorSpec:
+    return replace(spec, pieces=tuple(chain.from_iterable(_translated(p, naming, config) for p in spec.pieces)))
 
 
-def _translated(piece: Piece, naming: Naming, head_size: int) -> tuple[Piece, ...]:
+def _translated(piece: Piece, naming: Naming, config: ModelConfig) -> tuple[Piece, ...]:
     module, _, parameter = piece.source.rpartition(".")
     template, layer = _template(module)
     name = f"{naming.names[template].format(i=layer)}.{parameter}"
     transform = naming.transforms.get(template, "none")
-    named = replace(piece, source=name, transform=transform)
-    return split_rows(named, head_size) if transform == "rope_unpermute" else (named,)
+    parent, _, part = template.rpartition(".")
+    if parent in naming.fused:
+        parts, groups = _parts(naming, parent, config)
+        piece = sharding.within_fused(piece, list(parts).index(part), list(parts.values()), groups)
+    named = replace(piece, source=name)
+    if transform == "rope_unpermute":
+        return split_rows(replace(named, transform=transform), config.head_size)
+    swapped = transform == "transpose" and len(piece.source_shape) == 2
+    return (sharding.transposed(named),) if swapped else (named,)
+
+
+def _parts(naming: Naming, parent: str, config: ModelConfig) -> tuple[dict[str, int], int]:
+    """Rows of each part of a fused tensor by our names, in its order, and in how many groups they lie."""
+    if parent.endswith("gate_up"):
+        return {"0": config.feed_forward, "1": config.feed_forward}, 1
+    rows = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+    groups = config.kv_heads if naming.fused[parent] == "by KV head" else 1
+    return {part: heads * config.head_size for part, heads in rows.items()}, groups
 
 
 def _template(module: str) -> tuple[str, str]:

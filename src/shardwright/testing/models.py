@@ -13,6 +13,49 @@ from shardwright.layout.spec import Specs, boxes
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
 
+_GEMMA: dict[str, object] = {
+    "norm": "rms_plus_one",
+    "block": "sandwich",
+    "activation": "gelu_tanh",
+    "windows": (3, 0),
+    "score_scale": 0.3,
+    "embedding_scale": 4.5,
+    "tied": True,
+}
+_BIASES: dict[str, object] = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+
+SHAPES: Mapping[str, Mapping[str, object]] = {
+    "llama": {},
+    "mistral": {"family": "mistral", "windows": (3, 0)},
+    "qwen2": {"family": "qwen2", "qkv_bias": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True},
+    "phi3": {"family": "phi3"},
+    "olmo2": {"family": "olmo2", "block": "post", "wide_qk_norm": True},
+    "gemma2": {"family": "gemma2", "score_cap": 5.0, "logit_cap": 3.0, **_GEMMA},
+    "gemma3": {"family": "gemma3", "qk_norm": True, "local_rope_theta": 100.0, **_GEMMA},
+    "stablelm": {"family": "stablelm", "norm": "layer", "rotary_size": 2},
+    "gpt_neox": {
+        "family": "gpt_neox",
+        "norm": "layer",
+        "block": "parallel",
+        "gated": False,
+        "rotary_size": 2,
+        **_BIASES,
+    },
+    "falcon": {"family": "falcon", "norm": "layer", "block": "parallel_shared", "gated": False, "activation": "gelu"},
+    "falcon, two norms": {"family": "falcon", "norm": "layer", "block": "parallel", "gated": False, "tied": True},
+    "gpt2": {"family": "gpt2", "norm": "layer", "gated": False, "learned_positions": 64, "tied": True, **_BIASES},
+    "opt": {
+        "family": "opt",
+        "norm": "layer",
+        "gated": False,
+        "activation": "relu",
+        "learned_positions": 66,
+        "position_offset": 2,
+    },
+}
+"""For each family, and each kind of layer in it, what of `tiny_config` makes it."""
+
 
 def tiny_config(**changes: object) -> ModelConfig:
     """A two-layer Llama whose sizes divide nothing: 6 query heads over 2 KV heads, H 20, F 11, V 23."""
@@ -48,6 +91,7 @@ def whole_tensors(tensors: Mapping[str, Tensor], specs: Specs) -> dict[str, Tens
         for piece in spec.pieces:
             full = out.setdefault(piece.source, tensors[name].new_full(piece.source_shape, float("nan")))
             local = narrowed(tensors[name], piece.local_ranges)
+            local = local.T if piece.transform == "transpose" else local
             for there, here in boxes(piece.source_ranges):
                 narrowed(full, there).copy_(narrowed(local, here))
     return out

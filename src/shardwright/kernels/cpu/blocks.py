@@ -121,8 +121,10 @@ def swiglu(gate_up: Any, y: Any) -> None:
 
 
 @njit(fastmath=True, nogil=True)
-def attend(q: Any, keys: Any, values: Any, table: Any, held: int, kv_index: Any, scores: Any, y: Any) -> None:
-    """One token's heads `q [N_r, D]` over its `held` past tokens: `y [N_r, D]`.
+def attend(
+    q: Any, keys: Any, values: Any, table: Any, first: int, held: int, kv_index: Any, scores: Any, y: Any
+) -> None:
+    """One token's heads `q [N_r, D]` over its `held` past tokens, less those before the `first`: `y [N_r, D]`.
 
     keys, values `[pages, page, K_r, D]` · table: the sequence's pages · kv_index `[N_r]` · scores `[held]`: room to
     work. Scores are taken whole before their softmax, so no maximum is corrected on the way.
@@ -131,19 +133,19 @@ def attend(q: Any, keys: Any, values: Any, table: Any, held: int, kv_index: Any,
     scale = types.float32(1.0 / sqrt(size))
     for h in range(q.shape[0]):
         k, top = kv_index[h], types.float32(-3.0e38)
-        for t in range(held):
+        for t in range(first, held):
             key, score = keys[table[t // page], t % page, k], types.float32(0)
             for i in range(size):
                 score += q[h, i] * key[i]
             scores[t] = score * scale
             top = max(top, scores[t])
         total = types.float32(0)
-        for t in range(held):
+        for t in range(first, held):
             scores[t] = exp32(scores[t] - top)
             total += scores[t]
         for i in range(size):
             y[h, i] = 0
-        for t in range(held):
+        for t in range(first, held):
             weight = scores[t]
             value = values[table[t // page], t % page, k]
             for i in range(size):

@@ -20,9 +20,10 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, FIRST_WORD, WORDS, PAGE, HA
 1 where weights are bfloat16 · then, for each query head, the KV head it reads."""
 
 NORM, QKV, QKV_BIAS, Q_NORM, K_NORM, OUT, OUT_BIAS, KEYS, VALUES = range(9)
-MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, FIELDS = range(9, 17)
-"""Columns of `plan`, a row a layer: addresses of its tensors (0 where it has none) and the fingerprints of its two
-all-reduces. The row behind the last layer holds what no layer does, under `FINAL_NORM` and so on."""
+MLP_NORM, GATE_UP, GATE_UP_BIAS, DOWN, DOWN_BIAS, ATTENTION_CALL, MLP_CALL, WINDOW, FIELDS = range(9, 18)
+"""Columns of `plan`, a row a layer: addresses of its tensors (0 where it has none), the fingerprints of its two
+all-reduces, and how many tokens it looks back over (0 for all). The row behind the last layer holds what no layer does,
+under `FINAL_NORM` and so on."""
 
 FINAL_NORM, LOGITS, EMBEDDING, EMBEDDING_CALL, TOKEN_CALL = range(5)
 """Columns of that row: the last norm, the table of logits, that of embeddings, and the fingerprints of the exchanges
@@ -78,7 +79,8 @@ def _heads(row: Any, dims: Any, eps: float, angles: Any, places: Any, qkv: Any, 
     values = carray(_float32_at(row[VALUES]), (pages, page, k, size))
     keys[slot // page, slot % page] = heads[n : n + k]
     values[slot // page, slot % page] = heads[n + k :]
-    attend(heads[:n], keys, values, table, held, dims[KV_INDEX:], scores, y.reshape((n, size)))
+    first = max(held - row[WINDOW], 0) if row[WINDOW] else 0
+    attend(heads[:n], keys, values, table, first, held, dims[KV_INDEX:], scores, y.reshape((n, size)))
 
 
 @njit(nogil=True)

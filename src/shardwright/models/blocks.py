@@ -1,0 +1,154 @@
+"""A decoder's layers: attention and MLP, and where their norms are. One class each; which one is chosen once.
+
+Decides how a layer is put together from a `ModelConfig`. A layer's forward has no branches; what families differ in
+beside the order of norms is inside the modules they are given.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import final
+
+from torch import Tensor, nn
+
+from shardwright.comm.group import Group
+from shardwright.kernels.reference import partial_rotary, rotary, unturned
+from shardwright.layers.attention import Attention, Scoring, Turn, WideNormAttention
+from shardwright.layers.batch import Batch
+from shardwright.layers.kv import KVStore
+from shardwright.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from shardwright.layers.mlp import GatedMLP, PlainMLP, SwiGLU
+from shardwright.layers.norm import LayerNorm, Norm, PlusOneRMSNorm, RMSNorm, WideQKNorm
+from shardwright.layers.rotary import Rope
+from shardwright.models import config as models
+from shardwright.models.config import ModelConfig
+from shardwright.models.specs import NORMS_OF, Cuts
+
+NORMS: Mapping[models.Norm, type[Norm]] = {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm, "layer": LayerNorm}
+
+
+class Block(nn.Module, ABC):
+    """A layer: two all-reduces of T x H. Which norms it has is `specs.NORMS_OF`'s to say."""
+
+    attention_norm: Norm
+    attention_post_norm: Norm
+    mlp_norm: Norm
+    mlp_post_norm: Norm
+
+    def __init__(self, config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> None:
+        super().__init__()
+        name = f"layers.{layer}"
+        self.attention = _attention(config, cuts, group, layer)
+        self.mlp = _mlp(config, cuts, group, f"{name}.mlp")
+        for norm in NORMS_OF[config.block]:
+            self.add_module(norm, norm_of(config, group, f"{name}.{norm}"))
+
+    @abstractmethod
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+
+
+@final
+class DecoderLayer(Block):
+    """Attention, then the MLP, each behind its norm and added to its input (Llama)."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+        x = x + self.attention(self.attention_norm(x), rope, batch, kv)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+@final
+class PostNormLayer(Block):
+    """Attention, then the MLP, each normed and then added to its input (OLMo-2)."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+        x = x + self.attention_post_norm(self.attention(x, rope, batch, kv))
+        y: Tensor = x + self.mlp_post_norm(self.mlp(x))
+        return y
+
+
+@final
+class SandwichLayer(Block):
+    """Attention, then the MLP, each between two norms and added to its input (Gemma 2 and 3)."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rope, batch, kv))
+        y: Tensor = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return y
+
+
+@final
+class ParallelBlock(Block):
+    """Attention and MLP side by side, each behind its norm, both added to their input (GPT-NeoX, Falcon 40B)."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+        y: Tensor = x + self.attention(self.attention_norm(x), rope, batch, kv) + self.mlp(self.mlp_norm(x))
+        return y
+
+
+@final
+class SharedNormBlock(Block):
+    """Attention and MLP side by side behind one norm, both added to their input (Falcon 7B)."""
+
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`x [T, H]` → `[T, H]`."""
+        normed = self.attention_norm(x)
+        y: Tensor = x + self.attention(normed, rope, batch, kv) + self.mlp(normed)
+        return y
+
+
+BLOCKS: Mapping[models.Block, type[Block]] = {
+    "pre": DecoderLayer,
+    "post": PostNormLayer,
+    "sandwich": SandwichLayer,
+    "parallel": ParallelBlock,
+    "parallel_shared": SharedNormBlock,
+}
+
+
+def norm_of(config: ModelConfig, group: Group, name: str) -> Norm:
+    """The norm of H features that this model has."""
+    return NORMS[config.norm](config.hidden, group, eps=config.norm_eps, name=name)
+
+
+def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> nn.Module:
+    name, size, eps = f"layers.{layer}.attention", config.head_size, config.norm_eps
+    qkv = QKVParallelLinear(config.hidden, cuts.heads, size, group, bias=config.qkv_bias, name=f"{name}.qkv")
+    inner = cuts.heads.query.times(size)
+    out = RowParallelLinear(inner, config.hidden, group, bias=config.out_bias, name=f"{name}.out")
+    scoring = Scoring(scale=config.scale, window=config.window(layer), cap=config.score_cap)
+    if config.wide_qk_norm:
+        norm = WideQKNorm(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
+        return WideNormAttention(qkv, out, norm, scoring, _turn(config))
+
+    def head_norm(part: str) -> nn.Module:
+        if not config.qk_norm:
+            return nn.Identity()
+        return NORMS[config.norm](size, group, eps=eps, gradient="partial", name=f"{name}.{part}")
+
+    return Attention(qkv, out, head_norm("q_norm"), head_norm("k_norm"), scoring, _turn(config))
+
+
+def _turn(config: ModelConfig) -> Turn:
+    if not config.turned:
+        return unturned
+    return rotary if config.turned == config.head_size else partial_rotary
+
+
+def _mlp(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> nn.Module:
+    ff, bias = cuts.feed_forward, config.mlp_bias
+    down = RowParallelLinear(ff, config.hidden, group, bias=bias, name=f"{name}.down")
+    if not config.gated:
+        up = ColumnParallelLinear(config.hidden, ff, group, bias=bias, name=f"{name}.up")
+        return PlainMLP(up, down, config.activation)
+    gate_up = MergedColumnParallelLinear(config.hidden, (ff, ff), group, bias=bias, name=f"{name}.gate_up")
+    return SwiGLU(gate_up, down) if config.activation == "silu" else GatedMLP(gate_up, down, config.activation)

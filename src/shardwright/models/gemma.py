@@ -1,0 +1,93 @@
+"""Gemma 2 and 3: norms around attention and MLP, GeGLU, scaled embeddings, windows in some layers, soft limits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from shardwright.models.family import Family, Naming
+from shardwright.models.llama_like import HUGGINGFACE
+from shardwright.models.schema import Positive, Traits, Window, WindowedSchema
+
+NAMING = Naming(
+    names=HUGGINGFACE
+    | {
+        "layers.{i}.attention_post_norm": "model.layers.{i}.post_attention_layernorm",
+        "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm",
+        "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+    },
+    ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+)
+
+
+class Gemma2(WindowedSchema):
+    """Every other layer has the window, from the first on."""
+
+    head_dim: int | None = Field(default=256, ge=2, le=1 << 16)
+    hidden_act: str = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+    sliding_window: Window | None = 4096
+    query_pre_attn_scalar: Positive = 256
+    attn_logit_softcapping: Positive | None = 50.0
+    final_logit_softcapping: Positive | None = 30.0
+
+    def windowed_layers(self) -> list[str]:
+        """In turn."""
+        return ["full_attention" if i % 2 else "sliding_attention" for i in range(self.num_hidden_layers)]
+
+    def traits(self) -> Traits:
+        """What both versions share."""
+        return super().traits() | {
+            "mlp_bias": False,
+            "norm": "rms_plus_one",
+            "block": "sandwich",
+            "score_scale": self.query_pre_attn_scalar**-0.5,
+            "score_cap": self.attn_logit_softcapping or 0.0,
+            "logit_cap": self.final_logit_softcapping or 0.0,
+            "embedding_scale": self.hidden_size**0.5,
+        }
+
+
+GEMMA2 = Family(
+    name="gemma2",
+    architecture="Gemma2ForCausalLM",
+    schema=Gemma2,
+    keys={"hidden_act": "hidden_activation"},
+    huggingface=NAMING,
+)
+
+
+class Gemma3(Gemma2):
+    """All but every sixth layer have the window, and another rotary base; each head is normed."""
+
+    theta_by_default = 1_000_000.0
+
+    attn_logit_softcapping: Positive | None = None
+    final_logit_softcapping: Positive | None = None
+    rope_local_base_freq: Positive = 10_000.0
+    sliding_window_pattern: int = Field(default=6, ge=1)
+
+    def windowed_layers(self) -> list[str]:
+        """All but each `sliding_window_pattern`th."""
+        whole = range(self.sliding_window_pattern - 1, self.num_hidden_layers, self.sliding_window_pattern)
+        return ["full_attention" if i in whole else "sliding_attention" for i in range(self.num_hidden_layers)]
+
+    @property
+    def ropes(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The newer form has one for each type of layer; in the older, scaling is that of layers without a window."""
+        said = self.rope_parameters or {}
+        whole = {**(said.get("full_attention") or {}), **(self.rope_scaling or {})}
+        return whole, {"rope_theta": self.rope_local_base_freq, **(said.get("sliding_attention") or {})}
+
+    def traits(self) -> Traits:
+        """Gemma 2's, with norms on heads."""
+        return super().traits() | {"qk_norm": True}
+
+
+GEMMA3 = Family(
+    name="gemma3",
+    architecture="Gemma3ForCausalLM",
+    schema=Gemma3,
+    keys={"hidden_act": "hidden_activation"},
+    huggingface=NAMING,
+)

@@ -1,0 +1,183 @@
+"""Families that are Llama but for little: norms before attention and gated MLP, rotary positions."""
+
+from pydantic import Field
+
+from shardwright.models.family import Family, Naming
+from shardwright.models.schema import Positive, Schema, Traits, Window, WindowedSchema
+
+HUGGINGFACE = {
+    "embedding": "model.embed_tokens",
+    "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
+    "layers.{i}.attention.qkv.q": "model.layers.{i}.self_attn.q_proj",
+    "layers.{i}.attention.qkv.k": "model.layers.{i}.self_attn.k_proj",
+    "layers.{i}.attention.qkv.v": "model.layers.{i}.self_attn.v_proj",
+    "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
+    "layers.{i}.attention.out": "model.layers.{i}.self_attn.o_proj",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm",
+    "layers.{i}.mlp.gate_up.0": "model.layers.{i}.mlp.gate_proj",
+    "layers.{i}.mlp.gate_up.1": "model.layers.{i}.mlp.up_proj",
+    "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+GGUF = {
+    "embedding": "token_embd",
+    "layers.{i}.attention_norm": "blk.{i}.attn_norm",
+    "layers.{i}.attention.qkv.q": "blk.{i}.attn_q",
+    "layers.{i}.attention.qkv.k": "blk.{i}.attn_k",
+    "layers.{i}.attention.qkv.v": "blk.{i}.attn_v",
+    "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
+    "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+    "layers.{i}.attention.out": "blk.{i}.attn_output",
+    "layers.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.mlp.gate_up.0": "blk.{i}.ffn_gate",
+    "layers.{i}.mlp.gate_up.1": "blk.{i}.ffn_up",
+    "layers.{i}.mlp.down": "blk.{i}.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+
+STANDARD = Naming(names=HUGGINGFACE, ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",))
+
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    huggingface=STANDARD,
+    gguf_architecture="llama",
+    gguf=Naming(
+        names=GGUF,
+        transforms={"layers.{i}.attention.qkv.q": "rope_unpermute", "layers.{i}.attention.qkv.k": "rope_unpermute"},
+    ),
+)
+
+
+class _AllWindowed(WindowedSchema):
+    """Every layer has the window, if there is one; transformers reads no `layer_types`."""
+
+    def windowed_layers(self) -> list[str]:
+        """All alike."""
+        return ["sliding_attention"] * self.num_hidden_layers
+
+    def differences(self) -> dict[str, bool]:
+        """Layers of other types."""
+        other = bool(self.layer_types) and self.layer_types != self.windowed_layers()
+        return super().differences() | {"alternating layer_types": other}
+
+
+class Mistral(_AllWindowed):
+    """Grouped heads and a window by default."""
+
+    num_key_value_heads: int | None = Field(default=8, ge=1)
+    sliding_window: Window | None = 4096
+
+    def traits(self) -> Traits:
+        """No bias whatever the config says: transformers reads no such key."""
+        return super().traits() | {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+
+
+MISTRAL = Family(name="mistral", architecture="MistralForCausalLM", schema=Mistral, huggingface=STANDARD)
+
+
+class Qwen2(WindowedSchema):
+    """A bias on q, k and v; a window from some layer on, where it is wanted."""
+
+    sliding_window: Window | None = 4096
+    max_window_layers: int = 28
+
+    def windowed_layers(self) -> list[str]:
+        """Those above `max_window_layers`."""
+        first = self.max_window_layers if self.use_sliding_window else self.num_hidden_layers
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(self.num_hidden_layers)]
+
+    def windows(self) -> tuple[int, ...]:
+        """None unless `use_sliding_window`, whatever `layer_types` says."""
+        return super().windows() if self.use_sliding_window else ()
+
+    def traits(self) -> Traits:
+        """No key says that there are biases."""
+        return super().traits() | {"qkv_bias": True, "out_bias": False, "mlp_bias": False}
+
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    schema=Qwen2,
+    huggingface=STANDARD,
+    gguf_architecture="qwen2",
+    gguf=Naming(names=GGUF),
+)
+"""Qwen1.5, Qwen2 and Qwen2.5 call themselves so."""
+
+
+class Qwen3(Qwen2):
+    """Norms on each head in place of the biases."""
+
+    head_dim: int | None = 128
+
+    def traits(self) -> Traits:
+        """Biases only where `attention_bias` says so."""
+        biases = {"qkv_bias": self.attention_bias, "out_bias": self.attention_bias}
+        return super().traits() | biases | {"qk_norm": True}
+
+
+QWEN3 = Family(
+    name="qwen3",
+    architecture="Qwen3ForCausalLM",
+    schema=Qwen3,
+    huggingface=STANDARD,
+    gguf_architecture="qwen3",
+    gguf=Naming(names=GGUF),
+)
+
+
+class Phi3(_AllWindowed):
+    """What was trained on has its own key."""
+
+    rms_norm_eps: Positive = 1e-5
+    max_position_embeddings: int = Field(default=4096, ge=1)
+    original_max_position_embeddings: int | None = Field(default=4096, ge=1)
+
+    def traits(self) -> Traits:
+        """No biases."""
+        return super().traits() | {"qkv_bias": False, "out_bias": False, "mlp_bias": False}
+
+
+PHI3 = Family(
+    name="phi3",
+    architecture="Phi3ForCausalLM",
+    schema=Phi3,
+    huggingface=Naming(
+        names=HUGGINGFACE
+        | {f"layers.{{i}}.attention.qkv.{part}": "model.layers.{i}.self_attn.qkv_proj" for part in "qkv"}
+        | {f"layers.{{i}}.mlp.gate_up.{part}": "model.layers.{i}.mlp.gate_up_proj" for part in "01"},
+        fused={"layers.{i}.attention.qkv": "in order", "layers.{i}.mlp.gate_up": "in order"},
+    ),
+)
+
+
+class Olmo2(Schema):
+    """Norms behind attention and MLP, and on all heads at once."""
+
+    rms_norm_eps: Positive = 1e-5
+
+    def traits(self) -> Traits:
+        """Biases as Llama's."""
+        return super().traits() | {"mlp_bias": False, "block": "post", "wide_qk_norm": True}
+
+
+OLMO2 = Family(
+    name="olmo2",
+    architecture="Olmo2ForCausalLM",
+    schema=Olmo2,
+    huggingface=Naming(
+        names=HUGGINGFACE
+        | {
+            "layers.{i}.attention.qk_norm.q": "model.layers.{i}.self_attn.q_norm",
+            "layers.{i}.attention.qk_norm.k": "model.layers.{i}.self_attn.k_norm",
+            "layers.{i}.attention_post_norm": "model.layers.{i}.post_attention_layernorm",
+            "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
+        }
+    ),
+)
