@@ -10,16 +10,31 @@ from shardwright.engine.engine import Engine
 from shardwright.engine.request import Finish, Request, SamplingParams
 from shardwright.engine.scheduler import Scheduler
 from shardwright.layers.batch import Batch
+from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
-from shardwright.testing.models import tiny_config
+from shardwright.models.rope import LongRopeScaling
+from shardwright.testing.models import SHAPES, tiny_config
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [22], [9, 7, 9, 3, 2]]
-CONFIG = tiny_config(context=16, family="qwen3", qk_norm=True)
+LONGROPE = LongRopeScaling(short=(1.0, 2.0), long=(3.0, 70.0), original=6)
+CONFIGS = {
+    "qwen3": tiny_config(context=16, family="qwen3", qk_norm=True),
+    "longrope": tiny_config(context=16, rope_scaling=LONGROPE),
+    "gemma3": tiny_config(context=16, **SHAPES["gemma3"]),
+}
 
 
-def naive() -> list[tuple[list[int], Finish]]:
+def distinct(config: ModelConfig, group: Group) -> Decoder:
+    """A model whose words depend on positions enough that another rotation shows."""
+    model = Decoder(config, group).double()
+    for layer in model.layers:
+        layer.attention.qkv.weight.data.mul_(20)
+    return model
+
+
+def naive(config: ModelConfig) -> list[tuple[list[int], Finish]]:
     """One prompt at a time, everything computed again for each token, in the unsharded model."""
-    model = Decoder(CONFIG, SingleGroup()).double()
+    model = distinct(config, SingleGroup())
     found: list[tuple[list[int], Finish]] = []
     for prompt in PROMPTS:
         tokens = list(prompt)
@@ -30,9 +45,12 @@ def naive() -> list[tuple[list[int], Finish]]:
     return found
 
 
-def continued(group: Group, page: int, budget: int, sequences: int) -> list[tuple[list[int], Finish]]:
-    scheduler = Scheduler(CONFIG.context, page, sequences=sequences, budget=budget)
-    engine = Engine(Decoder(CONFIG, group).double(), scheduler)
+def continued(
+    group: Group, config: ModelConfig, page: int, budget: int, sequences: int
+) -> list[tuple[list[int], Finish]]:
+    restart = config.rope_scaling and config.rope_scaling.restart
+    scheduler = Scheduler(config.context, page, sequences=sequences, budget=budget, restart=restart)
+    engine = Engine(distinct(config, group), scheduler)
     for number, prompt in enumerate(PROMPTS):
         engine.add(Request(number=number, tokens=tuple(prompt), params=SamplingParams(max_tokens=8)))
     found: dict[int, list[int]] = {number: [] for number in range(len(PROMPTS))}
@@ -47,12 +65,16 @@ def continued(group: Group, page: int, budget: int, sequences: int) -> list[tupl
 
 @pytest.mark.parametrize(("page", "budget", "sequences"), [(128, 2048, 16), (1, 3, 2), (3, 5, 4), (7, 1, 1)])
 @pytest.mark.parametrize("ranks", [1, 3, 7])
-def test_batches_chunks_and_pages_change_nothing(ranks: int, page: int, budget: int, sequences: int) -> None:
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_batches_chunks_and_pages_change_nothing(
+    config: ModelConfig, ranks: int, page: int, budget: int, sequences: int
+) -> None:
     """In float64, so that no two words of the tiny model are close enough for rounding to choose between them.
 
-    The second prompt has 9 of 16 tokens and ends at the context, after 7.
+    The second prompt has 9 of 16 tokens and ends at the context, after 7. With LongRoPE the others outgrow 6 tokens on
+    the way, and their keys are computed anew.
     """
-    expected = naive()
+    expected = naive(config)
     assert len(expected[1][0]) == 7
-    given = ThreadGroup.run(ranks, lambda group: continued(group, page, budget, sequences))
+    given = ThreadGroup.run(ranks, lambda group: continued(group, config, page, budget, sequences))
     assert given == [expected] * ranks

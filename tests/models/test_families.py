@@ -57,6 +57,17 @@ GPT2 = {
     "n_positions": 64,
     **{key: SMALL[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
 }
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 30.0}
+    | {"original_max_position_embeddings": 12},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12, "rope_theta": 30.0},
+    {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 12}
+    | {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]},
+]
+"""The first text goes beyond 12 tokens, the others never."""
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 9.0], "rope_theta": 50.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SMALL),
     "mistral": ("mistral", GROUPED | {"sliding_window": 4}),
@@ -86,6 +97,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon in turn": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "gpt2": ("gpt2", GPT2),
     "opt": ("opt", SMALL | {"ffn_dim": 11}),
+    **{
+        f"llama, {rope['rope_type']}": ("llama", SMALL | {"max_position_embeddings": 12, "rope_parameters": rope})
+        for rope in SCALINGS
+    },
+    "phi3, longrope over half a head": (
+        "phi3",
+        WIDE | {"original_max_position_embeddings": 12, "partial_rotary_factor": 0.5, "rope_parameters": LONGROPE},
+    ),
+    "gemma3, linear": (
+        "gemma3",
+        GROUPED
+        | {"sliding_window": 3, "sliding_window_pattern": 2}
+        | {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}},
+    ),
     "opt without biases": ("opt", SMALL | {"ffn_dim": 11, "enable_bias": False, "activation_function": "gelu"}),
 }
 
@@ -104,7 +129,24 @@ class Twin:
 def twin(request: pytest.FixtureRequest, saved: Any) -> Twin:
     family, sizes = request.param
     model, path = saved(family, **sizes)
-    return Twin(model, str(path), reference_logits(model, TEXTS), reference_greedy(model, TEXTS, steps=8))
+    # The model of this kind that remembers its keys does not turn them again when the text grows: nor may its twin.
+    dynamic = sizes.get("rope_parameters", {}).get("rope_type") == "dynamic"
+    texts = (cached_greedy if dynamic else reference_greedy)(model, TEXTS, steps=8)
+    return Twin(model, str(path), reference_logits(model, TEXTS), texts)
+
+
+def cached_greedy(model: PreTrainedModel, prompts: list[list[int]], steps: int) -> list[list[int]]:
+    """As `reference_greedy`, with keys and values remembered from step to step."""
+    written = []
+    for prompt in prompts:
+        text, past, new = list(prompt), None, list(prompt)
+        for _ in range(steps):
+            with torch.no_grad():
+                step = model(torch.tensor([new]), past_key_values=past, use_cache=True)
+            new, past = [int(step.logits[0, -1].argmax())], step.past_key_values
+            text += new
+        written.append(text)
+    return written
 
 
 def check_everything(group: Group, twin: Twin, gradients: dict[str, Tensor], loss: float) -> None:

@@ -25,7 +25,10 @@ class Engine:
 
     def __init__(self, model: Decoder, scheduler: Scheduler | None = None) -> None:
         self.model = model
-        self.scheduler = scheduler or Scheduler(model.config.context, PAGE)
+        scaling = model.config.rope_scaling
+        self.scheduler = scheduler or Scheduler(
+            model.config.context, PAGE, restart=scaling.restart if scaling else None
+        )
         page, heads = self.scheduler.page, model.cuts.heads.kv_width(model.group.rank)
         self.obstacle = obstacle(model)
         dtype = model.embedding.weight.dtype if self.obstacle else torch.float32
@@ -88,4 +91,5 @@ def batch_of(chunks: list[Chunk]) -> Batch:
         held=tuple(chunk.sequence.computed + chunk.length for chunk in chunks),
         tables=tuple(tuple(chunk.sequence.pages) for chunk in chunks),
         rows=torch.tensor(rows, dtype=torch.int64),
+        known=tuple(len(chunk.sequence.tokens) for chunk in chunks),
     )

@@ -27,12 +27,15 @@ class Chunk:
 class Scheduler:
     """First come, first served: up to `sequences` at a time, up to `budget` tokens a step, long prompts in chunks.
 
-    context: longest sequence · page: tokens in a KV page. Pages are handed out as sequences grow and taken back at
-    their end; `pages_needed` is how many have to exist.
+    context: longest sequence · page: tokens in a KV page · restart: a sequence that grows beyond so many tokens is
+    computed anew from its first, since its keys would be others now (LongRoPE). Pages are handed out as sequences grow
+    and taken back at their end; `pages_needed` is how many have to exist.
     """
 
-    def __init__(self, context: int, page: int, *, sequences: int = 16, budget: int = 2048) -> None:
-        self.context, self.page, self.limit, self.budget = context, page, sequences, budget
+    def __init__(
+        self, context: int, page: int, *, sequences: int = 16, budget: int = 2048, restart: int | None = None
+    ) -> None:
+        self.context, self.page, self.limit, self.budget, self.restart = context, page, sequences, budget, restart
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pages_needed = 0
@@ -69,6 +72,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int) -> NewToken:
         sequence.tokens.append(token)
+        if self.restart is not None and len(sequence.tokens) == self.restart + 1:
+            sequence.computed = 0
         finish = self._finish(sequence, token)
         if finish:
             self.running.remove(sequence)

@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         self.config, self.group, self.cuts = config, group, cuts or Cuts.balanced(config, group.size)
         self.embedding = VocabParallelEmbedding(self.cuts.vocabulary, config.hidden, group, name="embedding")
         self.positions = _positions(config, group)
-        self.rotary = _rotary(config)
+        self.rotary = rotary_of(config)
         local = [] if config.local_rope_theta is None else [Rotary(plain(config.local_rope_theta, config.turned))]
         self.rotaries = (self.rotary, *local)
         self.layers = nn.ModuleList(
@@ -78,7 +78,8 @@ def _positions(config: ModelConfig, group: Group) -> nn.Module:
     return AsEmbedded() if config.embedding_scale == 1 else ScaledEmbedding(config.embedding_scale)
 
 
-def _rotary(config: ModelConfig) -> Rotary | LengthRotary:
+def rotary_of(config: ModelConfig) -> Rotary | LengthRotary:
+    """The angles heads are turned by, but for layers with a window that have a base of their own."""
     scaling = config.rope_scaling
     if scaling is None:
         return Rotary(config.rope_frequencies())
