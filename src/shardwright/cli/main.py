@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import shardwright
-from shardwright.cli import generate, kernels
+from shardwright.cli import check, explain, generate, kernels
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 app.command()(generate.generate)
 app.command()(kernels.kernels)
+app.command()(check.check)
+app.command()(explain.explain)
 
 
 def _version(wanted: bool) -> None:

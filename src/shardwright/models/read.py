@@ -50,12 +50,16 @@ def _from_huggingface(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     architectures = said.get("architectures") or ["(none named in config.json)"]
     family = by_architecture(architectures[0] if isinstance(architectures, list) else architectures)
     values = dict(said) | {ours: said[theirs] for ours, theirs in family.keys.items() if theirs in said}
-    schema = _validated(family.schema, values, f"{checkpoint.path}/config.json", family.keys)
+    schema = _validated(family.schema, values, _config_path(checkpoint), family.keys)
     config = _config(family, schema, checkpoint.path, schema.tie_word_embeddings)
     naming = family.naming(config)
     if naming.prefix and f"{naming.bare().names['embedding']}.weight" in checkpoint.entries:
         naming = naming.bare()
     return _with_dtype(config, checkpoint, naming), naming
+
+
+def _config_path(checkpoint: Checkpoint) -> str:
+    return checkpoint.path if checkpoint.path.endswith(".json") else f"{checkpoint.path}/config.json"
 
 
 def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
@@ -114,9 +118,11 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
 
 
 def _with_dtype(config: ModelConfig, checkpoint: Checkpoint, naming: Naming) -> ModelConfig:
+    """The embedding's type; where there are no weights, what the config says of them."""
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     entry = checkpoint.entries.get(naming.names["embedding"] + ".weight")
-    known = entry is not None and entry.dtype in ("bfloat16", "float16", "float64")
-    return replace(config, dtype=entry.dtype) if entry and known else config
+    dtype = entry.dtype if entry else said if not checkpoint.entries else None
+    return replace(config, dtype=dtype) if dtype in ("bfloat16", "float16", "float64") else config
 
 
 def _rope(said: Mapping[str, Any], schema: Schema, path: str) -> Rope:

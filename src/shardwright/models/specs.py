@@ -4,7 +4,7 @@ Joins the tables of `layout.sharding` over the decoder's layers and puts the che
 own. `models.decoder` builds exactly these parameters; loading, saving and planning read this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -48,10 +48,21 @@ class Cuts:
         return self.vocabulary.ranks
 
 
-def model_specs(config: ModelConfig, cuts: Cuts, rank: int, naming: Naming, *, dtype: str | None = None) -> Specs:
-    """One rank's parameters by the decoder's names, their pieces by the checkpoint's; dtype: the config's, or this."""
+def model_specs(
+    config: ModelConfig,
+    cuts: Cuts,
+    rank: int,
+    naming: Naming,
+    *,
+    dtype: str | None = None,
+    layers: Iterable[int] | None = None,
+) -> Specs:
+    """One rank's parameters by the decoder's names, their pieces by the checkpoint's.
+
+    dtype: the config's, or this · layers: these alone, beside the two ends; by default all. They are alike.
+    """
     parts = _ends(config, cuts, rank, dtype or config.dtype)
-    for layer in range(config.layers):
+    for layer in range(config.layers) if layers is None else layers:
         parts |= _layer(config, cuts, rank, dtype or config.dtype, f"layers.{layer}.")
     return {
         f"{path}.{name}": _from_checkpoint(spec.renamed(f"{path}."), naming, config)

@@ -1,0 +1,1 @@
+"""Every picture the package draws, by matplotlib; one file a kind of picture."""
