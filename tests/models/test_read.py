@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shardwright.checkpoint.source import Checkpoint
+from shardwright.errors import UnsupportedError
 from shardwright.layers.batch import Batch
 from shardwright.models.decoder import rotary_of
 from shardwright.models.read import read_config
@@ -91,3 +92,55 @@ def test_scaled_angles_are_those_of_transformers(rope: dict[str, Any], length: i
     for ours, whole in zip((cos, sin), expected, strict=True):
         tolerance = 1e-4 * max(1, length / 640)
         torch.testing.assert_close(ours[-5:], whole[0, -5:, : ours.shape[1]], rtol=0, atol=tolerance)
+
+
+COMMON = {"hidden_size": 12, "intermediate_size": 5, "num_hidden_layers": 2, "num_attention_heads": 3, "vocab_size": 7}
+NAMED_OTHERWISE = {"n_embd": 12, "n_head": 3, "n_layer": 2, "vocab_size": 7}
+
+
+@pytest.mark.parametrize(("architecture", "said", "refused"), [
+    ("MistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}, "alternating layer_types"),
+    ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types ['full_attention']"),
+    ("Gemma2ForCausalLM", {"layer_types": ["chunked_attention"] * 2}, "layer_types ['chunked_attention'"),
+    ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "bidirectional attention"),
+    ("Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+     "rope_type 'linear' in layers with a window"),
+    ("StableLmForCausalLM", {"qk_layernorm": True}, "qk_layernorm"),
+    ("FalconForCausalLM", {"alibi": True}, "alibi"),
+    ("FalconForCausalLM", {"new_decoder_architecture": True, "parallel_attn": False}, "new_decoder_architecture"),
+    ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2 without"),
+    ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True, **NAMED_OTHERWISE}, "scale_attn_by_inverse_layer"),
+    ("GPT2LMHeadModel", {"add_cross_attention": True, **NAMED_OTHERWISE}, "cross-attention"),
+    ("OPTForCausalLM", {"do_layer_norm_before": False, "ffn_dim": 5}, "do_layer_norm_before false"),
+    ("OPTForCausalLM", {"word_embed_proj_dim": 6, "ffn_dim": 5}, "word_embed_proj_dim"),
+    ("OPTForCausalLM", {"layer_norm_elementwise_affine": False, "ffn_dim": 5}, "layer_norm_elementwise_affine false"),
+])  # fmt: skip
+def test_what_a_family_computes_otherwise_is_refused(architecture: str, said: dict[str, Any], refused: str) -> None:
+    config = {"architectures": [architecture], **COMMON, **said}
+    with pytest.raises(UnsupportedError) as caught:
+        read_config(Checkpoint("there", config, {}))
+    assert f"there: {refused[:20]}" in str(caught.value)
+    assert refused in str(caught.value)
+
+
+@pytest.mark.parametrize(("architecture", "said", "expected"), [
+    ("Qwen2ForCausalLM", {"sliding_window": 2, "max_window_layers": 0}, {"windows": (), "qkv_bias": True}),
+    ("MistralForCausalLM", {"num_attention_heads": 8, "hidden_size": 32}, {"windows": (4096, 4096), "kv_heads": 8}),
+    ("Gemma2ForCausalLM", {}, {"head_size": 256, "windows": (4096, 0), "score_cap": 50.0, "logit_cap": 30.0,
+                               "activation": "gelu_tanh", "tied": True, "score_scale": 1 / 16}),
+    ("Gemma3ForCausalLM", {"rope_theta": 5e5, "rope_local_base_freq": 7.0},
+     {"rope_theta": 5e5, "local_rope_theta": 7.0, "windows": (4096, 4096), "score_cap": 0.0}),
+    ("Gemma3ForCausalLM", {}, {"rope_theta": 1e6, "local_rope_theta": 1e4}),
+    ("StableLmForCausalLM", {"hidden_size": 24}, {"rotary_size": 2, "norm_eps": 1e-5}),
+    ("GPTNeoXForCausalLM", {"rotary_pct": 1.0, "rotary_emb_base": 33}, {"rotary_size": 4, "rope_theta": 33.0}),
+    ("FalconForCausalLM", {}, {"kv_heads": 1, "block": "parallel_shared", "tied": True}),
+    ("FalconForCausalLM", {"ffn_hidden_size": 9}, {"feed_forward": 9}),
+    ("GPT2LMHeadModel", NAMED_OTHERWISE, {"feed_forward": 48, "learned_positions": 1024, "turned": 0}),
+    ("GPT2LMHeadModel", {**NAMED_OTHERWISE, "scale_attn_weights": False}, {"scale": 1.0}),
+    ("OPTForCausalLM", {"ffn_dim": 5, "max_position_embeddings": 9}, {"learned_positions": 11, "position_offset": 2}),
+])  # fmt: skip
+def test_defaults_are_those_of_transformers(architecture: str, said: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What published configs leave out, and older spellings."""
+    common = {key: value for key, value in COMMON.items() if architecture != "FalconForCausalLM" or "inter" not in key}
+    config, _ = read_config(Checkpoint("there", {"architectures": [architecture], **common, **said}, {}))
+    assert {name: getattr(config, name) for name in expected} == expected

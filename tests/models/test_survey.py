@@ -1,4 +1,4 @@
-"""What `check` says of a model on 1 to 16 ranks is exactly what the decoder's layers and KV pages on meta tensors are."""
+"""What `check` says of a model on 1 to 16 ranks is exactly what decoder and KV pages on meta tensors report."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -49,7 +49,8 @@ def _from_huggingface(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     said = checkpoint.config
     architectures = said.get("architectures") or ["(none named in config.json)"]
     family = by_architecture(architectures[0] if isinstance(architectures, list) else architectures)
-    values = dict(said) | {ours: said[theirs] for ours, theirs in family.keys.items() if theirs in said}
+    values = {key: value for key, value in said.items() if key not in family.keys}
+    values |= {ours: said[theirs] for ours, theirs in family.keys.items() if theirs in said}
     schema = _validated(family.schema, values, _config_path(checkpoint), family.keys)
     config = _config(family, schema, checkpoint.path, schema.tie_word_embeddings)
     naming = family.naming(config)
