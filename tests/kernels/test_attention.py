@@ -94,3 +94,33 @@ def test_the_table_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS, name, lambda *arguments: chosen.append(arguments))
     attention(*tensors((1, 1, 1, 2, (0,))), (0,), 1.0)
     assert len(chosen) == 1
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 9, 20])
+@pytest.mark.parametrize("cap", [0.0, 0.7])
+@pytest.mark.parametrize(("length", "held"), [(7, 7), (3, 9), (1, 9), (1, 1), (0, 4)])
+def test_windows_and_caps_by_the_definition(length: int, held: int, window: int, cap: float) -> None:
+    """A loop over heads, queries and the keys each may see, in float64 to another order of summation."""
+    shape = (length, held, 2, 6, (0, 1, 1))
+    q, k, v = tensors(shape)
+    found = attention(q, k, v, shape[-1], 0.3, window, cap)
+    assert found.shape == q.shape
+    for row in range(length):
+        at = held - length + row
+        first = max(0, at - window + 1) if window else 0
+        for head, source in enumerate(shape[-1]):
+            scores = k[first : at + 1, source] @ q[row, head] * 0.3
+            scores = cap * (scores / cap).tanh() if cap else scores
+            expected = scores.softmax(0) @ v[first : at + 1, source]
+            torch.testing.assert_close(found[row, head], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+@pytest.mark.parametrize(("length", "held"), [(7, 7), (3, 9), (1, 9)])
+def test_windows_equal_the_reference(name: str, length: int, held: int, window: int) -> None:
+    """Called by itself, before `attention` has left out keys that nobody sees."""
+    shape = (length, held, 2, 6, (0, 1, 1))
+    found = IMPLEMENTATIONS[name](*tensors(shape), shape[-1], 0.3, window)
+    expected = reference.attention(*tensors(shape), shape[-1], 0.3, window)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from itertools import product
+from itertools import pairwise, product
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,10 +12,13 @@ from shardwright.layout.partition import Partition, Range
 from shardwright.layout.sharding import (
     column_linear,
     merged_column_linear,
+    qk_norm,
     qkv_linear,
     replicated,
     row_linear,
+    transposed,
     vocab_table,
+    within_fused,
 )
 from shardwright.layout.spec import Piece, Specs, boxes, stored_bytes
 
@@ -179,3 +182,35 @@ def test_stored_bytes_of_model_and_replicas_are_what_the_ranks_hold(counts: tupl
         )[0]
     )
     assert model + replicas == sum(spec.nbytes for table in tables for spec in table.values())
+
+
+@given(cut=ranks, groups=st.integers(1, 4), shares=st.lists(st.integers(1, 3), min_size=1, max_size=3), data=st.data())
+def test_fused_parts_are_found_where_they_lie(cut: int, groups: int, shares: list[int], data: st.DataObject) -> None:
+    """Against the fused tensor written out row by row: for each group its share of every part, in order."""
+    part = data.draw(st.integers(0, len(shares) - 1))
+    rows = [(p, group * share + at) for group in range(groups) for p, share in enumerate(shares) for at in range(share)]
+    sizes = [share * groups for share in shares]
+    partition = Partition.balanced(sizes[part], cut)
+    for rank in range(cut):
+        for piece in column_linear(2, partition, rank, bias=False)["weight"].pieces:
+            fused = within_fused(piece, part, sizes, groups)
+            assert fused.source_shape == (len(rows), 2)
+            taken = [rows[at] for start, stop in fused.source_ranges[0] for at in range(start, stop)]
+            assert taken == [(part, at) for at in range(*partition.range(rank))]
+            assert all(before[1] < after[0] for before, after in pairwise(fused.source_ranges[0]))
+            assert (fused.local_ranges, fused.source_ranges[1]) == (piece.local_ranges, piece.source_ranges[1])
+
+
+def test_a_transposed_piece_has_its_dims_swapped() -> None:
+    [piece] = column_linear(5, Partition.balanced(7, 2), 1, bias=False)["weight"].pieces
+    swapped = transposed(piece)
+    assert (swapped.source_shape, swapped.source_ranges) == ((5, 7), (((0, 5),), ((4, 7),)))
+    assert (swapped.local_ranges, swapped.transform) == (piece.local_ranges, "transpose")
+
+
+@given(cut=ranks, group=st.integers(1, 3), kv_heads=st.integers(1, 4), size=st.integers(1, 3))
+def test_norms_of_all_heads(cut: int, group: int, kv_heads: int, size: int) -> None:
+    """Holders and gradients as of a bias of q and k."""
+    heads = HeadPartition.balanced(group * kv_heads, kv_heads, cut)
+    tables = [qk_norm(heads, size, rank) for rank in range(cut)]
+    check_tables(tables, {"q.weight": (heads.heads * size,), "k.weight": (kv_heads * size,)})

@@ -7,14 +7,17 @@ than every window and than what rotary scalings were trained on.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.models.test_transformers import (
     FLOAT32,
     gathered,
     greedy,
+    loaded_logits,
     reference_greedy,
     reference_logits,
 )
@@ -175,6 +178,19 @@ def mattering(specs: Specs, gradients: dict[str, Tensor]) -> Specs:
         name: replace(spec, pieces=tuple(piece for piece in spec.pieces if piece.source not in none))
         for name, spec in specs.items()
     }
+
+
+def test_files_of_the_bare_model_load_too(saved: Any, tmp_path: Path) -> None:
+    """As the published GPT-2 files are: names without `transformer.`, and buffers that nothing reads."""
+    model, path = saved("gpt2", **GPT2)
+    tensors = load_file(path / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    bare["h.1.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+    save_file(bare, tmp_path / "model.safetensors")
+    expected = reference_logits(model, TEXTS)
+    for logits in on_threads(3, loaded_logits, str(tmp_path), TEXTS):
+        assert (logits - expected).abs().max() <= FLOAT32 * expected.abs().max()
 
 
 def test_every_family_is_here() -> None:

@@ -68,14 +68,15 @@ def write(
     describe(writer, model.config)
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     for name, parameter in model.named_parameters():
-        words = name.removeprefix("model.").removesuffix(".weight").split(".")
+        stem, _, kind_of_parameter = name.rpartition(".")
+        words = stem.removeprefix("model.").split(".")
         layer, part = (f"blk.{words[1]}.", words[2:]) if words[0] == "layers" else ("", words)
         stored_as = kind if parameter.dim() == 2 else Type.F32
         rows = gguf.quants.quantize(parameter.detach().numpy(), stored_as)
         parameter.data = torch.tensor(gguf.quants.dequantize(rows, stored_as))
         if architecture == "llama" and part[-1] in heads:
             rows = permuted(rows, heads[part[-1]])
-        writer.add_tensor(f"{layer}{PARTS['.'.join(part)]}.weight", rows, raw_dtype=stored_as)
+        writer.add_tensor(f"{layer}{PARTS['.'.join(part)]}.{kind_of_parameter}", rows, raw_dtype=stored_as)
     extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -109,6 +110,7 @@ def logits_of(group: Group, path: Path) -> tuple[Tensor, int, int]:
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True}),
     ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}),
+    ("qwen2", {}),
     ("qwen3", {}),
     ("qwen3", {"num_attention_heads": 6, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
 ])  # fmt: skip
