@@ -1,4 +1,7 @@
-"""Dequantisation is the gguf package's, bit for bit: the same float32 operations in the same order, nothing fused."""
+"""Dequantisation is the gguf package's, bit for bit: the same float32 operations in the same order, nothing fused.
+
+Blocks are random bytes with scales that a file may hold; q8_k, which the package does not read, is written out here.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,10 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.checkpoint.blocks import quantisable, random_blocks
 
+from shardwright.checkpoint.blocks import QUANTISED
 from shardwright.checkpoint.dequantise import PLAIN, decode
 from shardwright.checkpoint.entry import BLOCKS
-from shardwright.checkpoint.gguf import read_header
+from shardwright.checkpoint.gguf import TYPES, read_header
 
 
 def embedded() -> Path:
@@ -20,17 +25,39 @@ def embedded() -> Path:
     return Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-@pytest.mark.parametrize("dtype", ["q4_1", "q8_0"])
-def test_random_blocks(dtype: str) -> None:
-    """Every bit pattern of the bytes, and scales of every size; an infinite or missing scale has no meaning to keep."""
-    random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (5_000, BLOCKS[dtype].nbytes), dtype=np.uint8)
-    scales = random.integers(0, 0x7C00, (5_000, 2), dtype=np.uint16) | (random.integers(0, 2, (5_000, 2)) << 15)
-    blocks[:, :4] = scales.astype(np.uint16).view(np.uint8)
-    if dtype == "q8_0":
-        blocks[:, 2:4] = random.integers(0, 256, (5_000, 2))
-    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype.upper()])
-    assert decode(torch.from_numpy(blocks.reshape(-1)), dtype).equal(torch.from_numpy(expected.reshape(-1)))
+def expected(blocks: np.ndarray, dtype: str) -> torch.Tensor:
+    if dtype == "q8_k":
+        scale, codes = blocks[:, :4].copy().view(np.float32), blocks[:, 4:260].view(np.int8)
+        return torch.from_numpy((scale * codes.astype(np.float32)).reshape(-1))
+    values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[dtype.upper()])
+    return torch.from_numpy(values.reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
+@pytest.mark.parametrize("count", [1, 2_003])
+def test_random_blocks(dtype: str, count: int) -> None:
+    """Every bit pattern of the codes, scales of every size and sign."""
+    blocks = random_blocks(dtype, count, np.random.default_rng(count))
+    assert decode(torch.from_numpy(blocks.reshape(-1)), dtype).equal(expected(blocks, dtype))
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in QUANTISED if quantisable(dtype)])
+def test_what_the_package_quantises(dtype: str) -> None:
+    rows = np.random.default_rng(0).standard_normal((7, 256), dtype=np.float32)
+    raw = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[dtype.upper()])
+    blocks = raw.reshape(-1, BLOCKS[dtype].nbytes)
+    values = decode(torch.from_numpy(raw.reshape(-1)), dtype)
+    assert values.equal(expected(blocks, dtype))
+    assert (values.view(7, 256) - torch.from_numpy(rows)).abs().max() < 0.5
+
+
+def test_geometry_and_numbers_are_the_packages() -> None:
+    """Of every type: a wrong block size would shift all that follows."""
+    for number, dtype in TYPES.items():
+        kind = gguf.GGMLQuantizationType(number)
+        assert tuple(gguf.GGML_QUANT_SIZES[kind]) == (BLOCKS[dtype].elements, BLOCKS[dtype].nbytes)
+        if dtype in QUANTISED:
+            assert kind.name == dtype.upper()
 
 
 def test_plain_types_are_views() -> None:
@@ -55,6 +82,5 @@ def test_tensors_of_the_embedded_model(name: str, shape: tuple[int, int]) -> Non
     entry = read_header(path)[1][name]
     assert entry.shape == shape
     raw = np.fromfile(path, np.uint8, min(entry.nbytes, 200 * entry.nbytes // shape[0]), offset=entry.offset)
-    kind = gguf.GGMLQuantizationType[entry.dtype.upper()]
-    expected = gguf.quants.dequantize(raw.reshape(-1, entry.block.nbytes), kind).reshape(-1)
-    assert decode(torch.from_numpy(raw), entry.dtype).equal(torch.from_numpy(expected))
+    values = expected(raw.reshape(-1, entry.block.nbytes), entry.dtype)
+    assert decode(torch.from_numpy(raw), entry.dtype).equal(values)

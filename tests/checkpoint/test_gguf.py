@@ -8,9 +8,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from tests.checkpoint.blocks import random_blocks
 
+from shardwright.checkpoint.blocks import QUANTISED
 from shardwright.checkpoint.gguf import read_header
 from shardwright.errors import FileError, ShardwrightError, UnsupportedError
+
+BF16 = gguf.GGMLQuantizationType.BF16
 
 
 def string(text: str | bytes) -> bytes:
@@ -63,9 +67,13 @@ def test_equals_the_package_on_all_it_writes(tmp_path: Path) -> None:
     rows = np.arange(6 * 64, dtype=np.float32).reshape(6, 64)
     writer.add_tensor("f32", rows.reshape(2, 3, 64))
     writer.add_tensor("f16", rows.astype(np.float16))
-    for name in ("BF16", "Q4_1", "Q8_0"):
-        kind = gguf.GGMLQuantizationType[name]
-        writer.add_tensor(name.lower(), gguf.quants.quantize(rows, kind), raw_dtype=kind)
+    writer.add_tensor("bf16", gguf.quants.quantize(rows, BF16), raw_dtype=BF16)
+    for name in QUANTISED:
+        raw = random_blocks(name, 6, np.random.default_rng(0))
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[name.upper()])
+    for width in (8, 16, 32, 64):
+        writer.add_tensor(f"int{width}", np.arange(6, dtype=f"int{width}"))
+    writer.add_tensor("f64", np.arange(6, dtype=np.float64))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -84,7 +92,9 @@ def test_equals_the_package_on_all_it_writes(tmp_path: Path) -> None:
         assert entry.shape == tuple(int(size) for size in stored.shape[::-1])
         assert (entry.offset, entry.nbytes) == (stored.data_offset, stored.n_bytes)
     dtypes = {name: entry.dtype for name, entry in entries.items()}
-    assert dtypes == {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q4_1": "q4_1", "q8_0": "q8_0"}
+    plain = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64"}
+    plain |= {f"int{width}": f"int{width}" for width in (8, 16, 32, 64)}
+    assert dtypes == plain | {name: name for name in QUANTISED}
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -199,9 +209,9 @@ def test_refuses_other_versions(tmp_path: Path, version: bytes, problem: str) ->
         read_header(written(tmp_path, [], [], start=b"GGUF" + version))
 
 
-@pytest.mark.parametrize(("kind", "name"), [(12, "Q4_K"), (99, "99")])
+@pytest.mark.parametrize(("kind", "name"), [(19, "IQ1_S"), (99, "99")])
 def test_names_the_type_it_does_not_read(tmp_path: Path, kind: int, name: str) -> None:
-    known = "bfloat16, float16, float32, q4_1, q8_0"
+    known = "float32, float16, bfloat16, float64, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, iq4_xs, q2_k, q3_k, q4_k, "
     with pytest.raises(UnsupportedError, match=f"tensor 'blk.0' has type {name}; convert the model to one of {known}"):
         read_header(written(tmp_path, [], [tensor("blk.0", (256,), kind, 0)]))
 

@@ -24,11 +24,15 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "
 """Metadata types by number, as `struct` spells them."""
 BOOL, STRING, ARRAY = 7, 8, 9
 
-TYPES = {0: "float32", 1: "float16", 3: "q4_1", 8: "q8_0", 30: "bfloat16"}
+TYPES = {
+    0: "float32", 1: "float16", 30: "bfloat16", 28: "float64", 24: "int8", 25: "int16", 26: "int32", 27: "int64",
+    2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 23: "iq4_xs",
+    10: "q2_k", 11: "q3_k", 12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k",
+}  # fmt: skip
 """Tensor types by number."""
-NAMES = {2: "Q4_0", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"} | {
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS",
-    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+NAMES = {
+    9: "Q8_1", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 """Types that are refused, by the name their users know."""
 
@@ -136,7 +140,7 @@ def _description(stream: Stream, index: int) -> tuple[str, tuple[int, ...], int,
     shape = tuple(stream.u64(what) for _ in range(dims))[::-1]
     kind, offset = stream.u32(what), stream.u64(what)
     if kind not in TYPES:
-        known = ", ".join(sorted(TYPES.values()))
+        known = ", ".join(kind for kind in TYPES.values() if "int" not in kind)
         raise UnsupportedError(
             f"{stream.file.path}: {what} has type {NAMES.get(kind, kind)}; convert the model to one of {known}"
         )
