@@ -21,6 +21,12 @@ TIKTOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%s}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s"
+    r"|\p{N}{1,%s}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # From each model's published tokenizer.json; "default" from llama.cpp (src/llama-vocab.cpp), which alone defines it.
 PUBLISHED = {
     "smollm": [r"\p{N}", GPT2],
@@ -28,6 +34,9 @@ PUBLISHED = {
     "llama-bpe": [TIKTOKEN % 3],
     "qwen2": [TIKTOKEN % 1],
     "default": [r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9]{3}"],
+    "tekken": [CASED % ("", "", 1)],
+    "gpt-4o": [CASED % (ENDINGS, ENDINGS, 3)],
+    "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
 }
 SPECIAL = regex.compile(r"(<\|im_start\|>|<\|im_end\|>|<\|endoftext\|>|<repo_name>|<file_sep>|<empty_output>)")
 
@@ -40,6 +49,16 @@ def byte_letters() -> dict[int, str]:
 
 
 LETTERS = byte_letters()
+
+
+def spelled(word: str) -> str:
+    return "".join(LETTERS[byte] for byte in word.encode())
+
+
+def cut(words: list[str], *splits: str) -> list[str]:
+    for split in splits:
+        words = [piece for word in words for piece in regex.splititer(f"({split})", word) if piece]
+    return words
 
 
 class PlainBpe:
@@ -62,14 +81,16 @@ class PlainBpe:
             yield self.ids[text]
             return
         words = [unicodedata.normalize("NFC", text) if self.pre == "qwen2" else text]
-        for split in PUBLISHED[self.pre]:
-            words = [piece for word in words for piece in regex.split(f"({split})", word) if piece]
+        if self.pre == "falcon":
+            words = [spelled(word) for word in cut(words, r"[\p{P}$+<=>^~|`]+", GPT2)]
+            words = cut(words, r"[\p{Nd}\p{Nl}\p{No}]+", "[0-9]{3}")
+        else:
+            words = [spelled(word) for word in cut(words, *PUBLISHED[self.pre])]
         for word in words:
             yield from self.word(word)
 
-    def merged(self, word: str) -> list[int]:
-        letters = "".join(LETTERS[byte] for byte in word.encode())
-        if self.pre == "llama-bpe" and letters in self.ids:
+    def merged(self, letters: str) -> list[int]:
+        if self.pre in ("llama-bpe", "tekken") and letters in self.ids:
             return [self.ids[letters]]
         # The embedded vocabulary lacks 21 bytes that its training text never had; they vanish.
         parts = [letter for letter in letters if letter in self.ids]
@@ -83,7 +104,7 @@ class PlainBpe:
         return [self.ids[part] for part in parts]
 
 
-@pytest.mark.parametrize("pre", PUBLISHED)
+@pytest.mark.parametrize("pre", [*PUBLISHED, "falcon"])
 def test_every_pretokenizer_equals_bpe_written_out(pre: str, metadata: dict[str, object], samples: list[str]) -> None:
     """On the embedded vocabulary, whatever the pre-tokeniser: it is the cutting that differs."""
     tokenizer = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}, "x")
@@ -212,6 +233,18 @@ def test_added_tokens_are_found_before_normalisation() -> None:
     assert Tokenizer.from_gguf(tiny(pre="qwen2", tokens=tokens), "x").encode("a<e\u0301>b<\u00e9>") == [2, 5, 3]
 
 
+@pytest.mark.parametrize(("pre", "like"), [("olmo", "gpt-2"), ("command-r", "smollm"), ("dbrx", "llama-bpe")])
+def test_names_of_one_meaning(pre: str, like: str, metadata: dict[str, object], samples: list[str]) -> None:
+    """They differ only in what is composed first, in whole words, and in BOS."""
+    one, other = (
+        Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": name, "tokenizer.ggml.add_bos_token": False}, "x")
+        for name in (pre, like)
+    )
+    for text in samples:
+        if unicodedata.is_normalized("NFC", text) or pre == "dbrx":
+            assert one.encode(text) == other.encode(text), text
+
+
 def test_whole_words_beat_merges_in_llama_3() -> None:
     """Llama 3 takes a word that is a token even where no merge makes it; the others do not."""
     words = tiny(tokens=["<s>", "</s>", "a", "b", "ab", "aba"], token_type=[3, 3, 1, 1, 1, 1])
@@ -273,8 +306,12 @@ def test_damaged_chat_template() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model": "llama"}, "model=llama: only 'gpt2'"),
-        ({"pre": "tekken"}, "pre=tekken: only default, gpt-2, llama-bpe, qwen2, smollm are supported"),
+        ({"model": "bert"}, "model=bert: only gpt2 .byte-level BPE. and llama .SentencePiece. are supported"),
+        ({"model": ["llama"]}, "model=..llama..: only gpt2"),
+        (
+            {"pre": "viking"},
+            "pre=viking: only default, gpt-2, .* are supported; use the model's Hugging Face directory",
+        ),
         ({"pre": None}, "pre=None"),
     ],
 )
