@@ -39,7 +39,7 @@ def test_a_directory(tmp_path: Path) -> None:
     with open_checkpoint(where) as checkpoint:
         assert checkpoint.path == str(where)
         assert checkpoint.config == {"model_type": "llama"}
-        assert checkpoint.header_bytes == checkpoint.entries["w"].offset
+        assert checkpoint.header_bytes == checkpoint.entries["w"].entry.offset
         assert checkpoint.bytes_read == 0
         checkpoint.will_need()
         parameter = torch.nn.Parameter(torch.empty(4, 6))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.blocks import random_blocks
 from torch import Tensor
 
-from shardwright.checkpoint import transfer
+from shardwright.checkpoint import reading
 from shardwright.checkpoint.blocks import QUANTISED
 from shardwright.checkpoint.dequantise import decode
 from shardwright.checkpoint.entry import Entry, stored_size
@@ -29,6 +29,8 @@ from shardwright.checkpoint.extents import Box
 from shardwright.checkpoint.file import File
 from shardwright.checkpoint.opening import open_checkpoint
 from shardwright.checkpoint.source import Checkpoint
+from shardwright.checkpoint.stored import Plain
+from shardwright.checkpoint.transfer import transfer
 from shardwright.errors import FileError, UnsupportedError, UsageError
 from shardwright.layout.partition import Partition, Range
 from shardwright.layout.sharding import merged_column_linear
@@ -112,7 +114,7 @@ def unpermuted(head: Tensor) -> Tensor:
 
 def covering_bytes(checkpoint: Checkpoint, piece: Piece) -> int:
     """Bytes of the blocks that hold each of a piece's boxes, found by marking them one by one."""
-    entry = checkpoint.entries[piece.source]
+    entry = checkpoint.entries[piece.source].entry
     marks = np.arange(prod(entry.shape)).reshape(entry.shape) // entry.block.elements
     places = [marks[tuple(slice(*span) for span in box)] for box, _ in boxes(piece.source_ranges)]
     return sum(len(np.unique(place)) for place in places) * entry.block.nbytes
@@ -147,7 +149,7 @@ def test_any_piece_of_any_tensor(models: list[Model], data: st.DataObject) -> No
     piece = piece_of(name, full, taken, transform)
 
     before = checkpoint.bytes_read
-    with patch.object(transfer, "CHUNK", data.draw(st.sampled_from([1, 50, 400, 1 << 20]))):
+    with patch.object(reading, "CHUNK", data.draw(st.sampled_from([1, 50, 400, 1 << 20]))):
         checkpoint.read(piece, view)
 
     assert view.equal(expected.to(dtype))
@@ -207,8 +209,8 @@ def test_memory_is_bounded_however_large_the_tensor(tmp_path: Path, dtype: str, 
         held.append(raw.numel())
         return decode(raw, kind)
 
-    with File(tmp_path / "w") as file, patch.object(transfer, "decode", spy):
-        transfer.transfer(file, entry, piece, out)
+    with File(tmp_path / "w") as file, patch.object(reading, "decode", spy):
+        transfer(Plain(file, entry), piece, out)
         assert file.bytes_read == sum(held) == out.numel() // entry.block.elements * entry.block.nbytes
     assert max(held) <= 1 << 18
     assert not out.any()

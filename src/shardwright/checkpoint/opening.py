@@ -53,9 +53,9 @@ def _open_directory(where: Path) -> Checkpoint:
         raise FileError(where, "the directory has no config.json", remedy)
     config = read_object(where / "config.json")
     with ExitStack() as stack:
-        files = _open_weights(where, names, stack)
+        checkpoint = Checkpoint(where, config, _open_weights(where, names, stack))
         stack.pop_all()
-    return Checkpoint(where, config, files)
+    return checkpoint
 
 
 def _open_weights(where: Path, names: list[str], stack: ExitStack) -> dict[File, Mapping[str, Entry]]:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Self
 
 from shardwright.checkpoint.entry import Entry, quoted
 from shardwright.checkpoint.file import File
+from shardwright.checkpoint.packed import Packed
+from shardwright.checkpoint.quantised import assemble
+from shardwright.checkpoint.stored import Plain
 from shardwright.errors import FileError
 
 if TYPE_CHECKING:
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 class Checkpoint:
     """Files held open, and what their headers say. One thread each; open it after a fork, not before.
 
-    path: as it was given · entries: tensors by name · config: the parsed config.json, or GGUF's metadata ·
-    header_bytes: what was read to learn where the tensors are.
+    path: as it was given · entries: tensors by name, a weight kept in several as one · config: the parsed config.json,
+    or GGUF's metadata · header_bytes: what was read to learn where the tensors are.
     """
 
     def __init__(
@@ -31,9 +34,9 @@ class Checkpoint:
     ) -> None:
         self.path = os.fspath(path)
         self.config = config
-        self.entries = {name: entry for entries in files.values() for name, entry in entries.items()}
         self._files = tuple(files)
-        self._file_of = {name: file for file, entries in files.items() for name in entries}
+        plain = {name: Plain(file, entry) for file, entries in files.items() for name, entry in entries.items()}
+        self.entries = assemble(self.path, config, plain)
         self.header_bytes = sum(file.bytes_read for file in self._files)
 
     @property
@@ -53,16 +56,15 @@ class Checkpoint:
         """
         from shardwright.checkpoint.transfer import transfer
 
-        entry = self.entries.get(piece.source)
-        if entry is None:
+        stored = self.entries.get(piece.source)
+        if stored is None:
             problem = f"there is no tensor {quoted(piece.source)} of shape {list(piece.source_shape)}"
             raise FileError(self.path, f"{problem} among its {len(self.entries)}", "check that it is of this model")
-        file = self._file_of[entry.name]
-        if entry.shape != piece.source_shape:
-            problem = f"tensor {quoted(entry.name)} has shape {list(entry.shape)}"
+        if stored.shape != piece.source_shape:
+            problem = f"tensor {quoted(stored.name)} has shape {list(stored.shape)}"
             wanted = f"the model's config asks for {list(piece.source_shape)}"
-            raise FileError(file.path, f"{problem} where {wanted}", "use the config these weights came with")
-        transfer(file, entry, piece, out)
+            raise FileError(stored.path, f"{problem} where {wanted}", "use the config these weights came with")
+        transfer(stored, piece, out)
 
     def fill(self, parameter: "Tensor", spec: "TensorSpec") -> None:
         """Read every piece of one parameter on this rank."""
@@ -71,6 +73,13 @@ class Checkpoint:
             for dim, (start, stop) in enumerate(piece.local_ranges):
                 view = view.narrow(dim, start, stop - start)
             self.read(piece, view)
+
+    def adds_nothing(self, name: str) -> bool:
+        """Whether it is a bias of zeros beside a packed weight: tools write one for layers that have none."""
+        bias, weight = self.entries[name], self.entries.get(f"{name.removesuffix('bias')}weight")
+        if not isinstance(weight, Packed) or not isinstance(bias, Plain) or bias.shape != weight.shape[:1]:
+            return False
+        return not any(bias.file.read(bias.entry.offset, bias.entry.nbytes))
 
     def will_need(self) -> None:
         """Ask the system to start reading the files ahead; returns at once."""

@@ -1,27 +1,18 @@
-"""From the bytes of a file into a piece of a parameter.
+"""From a stored tensor into a piece of a parameter.
 
-Decides the order of the work and its memory: chunk by chunk, never a whole tensor of which only a part is owned. Knows
-no file format; what is read is `extents`' to say, and what it means is `dequantise`'s.
+Decides where each value goes, whatever the transform. Knows no file format and no way of storing.
 """
 
-import torch
 from torch import Tensor
 
-from shardwright.checkpoint.blocks import QUANTISED
-from shardwright.checkpoint.dequantise import PLAIN, decode
-from shardwright.checkpoint.entry import Entry, quoted
-from shardwright.checkpoint.extents import Box, chunks, covering, runs, volume
-from shardwright.checkpoint.file import File
+from shardwright.checkpoint.entry import quoted
+from shardwright.checkpoint.stored import Stored
 from shardwright.errors import UnsupportedError, UsageError
 from shardwright.layout.partition import Range
 from shardwright.layout.spec import Piece, Transform, boxes
 
-CHUNK = 1 << 18
-"""Bytes of file read and decoded at a time: with the values they become (7 times as much for q4_0, 12 times for q2_k),
-few enough to stay in cache."""
 
-
-def transfer(file: File, entry: Entry, piece: Piece, out: Tensor) -> None:
+def transfer(stored: Stored, piece: Piece, out: Tensor) -> None:
     """Read the source boxes of `piece`, and no other byte but their blocks', into `out`, the view they fill.
 
     Raises:
@@ -29,36 +20,18 @@ def transfer(file: File, entry: Entry, piece: Piece, out: Tensor) -> None:
         UnsupportedError: the file holds integers and `out` does not, or the other way round.
         UsageError: `out` has no storage or another shape than the piece, or the piece leaves its source.
     """
-    _check(file, entry, piece, out)
+    _check(stored, piece, out)
     target = out.detach()
     if piece.transform == "transpose":
         target = target.permute(tuple(reversed(range(target.dim()))))
     for source, local in boxes(piece.source_ranges):
-        for chunk in chunks(covering(source, entry.block), max(1, CHUNK // entry.block.nbytes)):
-            values, taken = _read(file, entry, chunk, source)
+        for taken, values in stored.values(source):
             # `local` is where `source` goes; the chunk is as far into the one as into the other.
             place = [
                 (to + low - start, to + high - start)
                 for (to, _), (start, _), (low, high) in zip(local, source, taken, strict=True)
             ]
             _place(values, target, place, piece.transform)
-
-
-def _read(file: File, entry: Entry, chunk: Box, source: Box) -> tuple[Tensor, Box]:
-    """Values of a chunk (counted in blocks), less what of its blocks lies outside `source`, and their box."""
-    block = entry.block
-    raw = torch.empty(volume(chunk) * block.nbytes, dtype=torch.uint8)
-    view, at = raw.numpy().data, 0
-    for start, stop in runs(entry, chunk):
-        file.read_into(start, view[at : at + stop - start])
-        at += stop - start
-    values = decode(raw, entry.dtype)
-    if not chunk:
-        return values.view(()), ()
-    first, last = (at * block.elements for at in chunk[-1])
-    low, high = max(first, source[-1][0]), min(last, source[-1][1])
-    values = values.view(*(stop - start for start, stop in chunk[:-1]), last - first)
-    return values[..., low - first : high - first], (*chunk[:-1], (low, high))
 
 
 def _place(values: Tensor, target: Tensor, place: list[Range], transform: Transform) -> None:
@@ -78,8 +51,8 @@ def _place(values: Tensor, target: Tensor, place: list[Range], transform: Transf
         target.narrow(0, parity * half + (start + skip) // 2, len(rows)).copy_(rows)
 
 
-def _check(file: File, entry: Entry, piece: Piece, out: Tensor) -> None:
-    for dim, (ranges, size) in enumerate(zip(piece.source_ranges, entry.shape, strict=True)):
+def _check(stored: Stored, piece: Piece, out: Tensor) -> None:
+    for dim, (ranges, size) in enumerate(zip(piece.source_ranges, stored.shape, strict=True)):
         if any(not 0 <= start <= stop <= size for start, stop in ranges):
             raise UsageError("source_ranges", ranges, f"dim {dim} of {piece.source} has {size}", "stay within it")
     taken = tuple(sum(stop - start for start, stop in ranges) for ranges in piece.source_ranges)
@@ -91,7 +64,6 @@ def _check(file: File, entry: Entry, piece: Piece, out: Tensor) -> None:
         raise UsageError(
             "local_ranges", piece.local_ranges, "a rotary head has an even number of rows", "pass one head"
         )
-    floats = entry.dtype in QUANTISED or PLAIN[entry.dtype].is_floating_point
-    if out.dtype != PLAIN.get(entry.dtype) and not (floats and out.dtype.is_floating_point):
-        tensor = f"tensor {quoted(entry.name)} holds {entry.dtype}"
-        raise UnsupportedError(f"{file.path}: {tensor} and the model wants {out.dtype}; only floats are converted")
+    if f"torch.{stored.dtype}" != str(out.dtype) and not (stored.floating and out.dtype.is_floating_point):
+        tensor = f"tensor {quoted(stored.name)} holds {stored.dtype}"
+        raise UnsupportedError(f"{stored.path}: {tensor} and the model wants {out.dtype}; only floats are converted")

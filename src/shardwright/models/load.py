@@ -90,7 +90,8 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, naming: Naming) 
     ignored = {template.format(i=layer) for template in naming.ignored for layer in range(config.layers)}
     if config.tied:
         ignored.add(f"{naming.names['head']}.weight")
-    extra = sorted(checkpoint.entries.keys() - used.keys() - ignored)
+    unused = checkpoint.entries.keys() - used.keys() - ignored
+    extra = sorted(name for name in unused if not checkpoint.adds_nothing(name))
     if extra:
         problem = f"tensor '{extra[0]}' ({len(extra)} such) has no place in a {config.family} model"
         raise FileError(checkpoint.path, problem, "check that config and weights belong together")

@@ -73,7 +73,6 @@ class Schema(Checked):
     use_sliding_window: bool = False
     layer_types: list[str] | None = None
     partial_rotary_factor: float | None = Field(default=None, ge=0, le=1)
-    quantization_config: dict[str, Any] | None = None
     use_bidirectional_attention: bool | None = None
     add_cross_attention: bool = False
 
@@ -109,7 +108,6 @@ class Schema(Checked):
         window = self.use_sliding_window or set(self.layer_types or []) - {"full_attention"}
         return {
             "sliding-window attention": bool(window),
-            "quantised safetensors (quantization_config)": self.quantization_config is not None,
             "bidirectional attention": bool(self.use_bidirectional_attention),
             "cross-attention": self.add_cross_attention,
         }
