@@ -13,7 +13,7 @@ import torch
 from tests.checkpoint.blocks import quantisable, random_blocks
 
 from shardwright.checkpoint.blocks import QUANTISED
-from shardwright.checkpoint.dequantise import PLAIN, decode
+from shardwright.checkpoint.dequantise import FLOAT8, PLAIN, decode
 from shardwright.checkpoint.entry import BLOCKS
 from shardwright.checkpoint.gguf import TYPES, read_header
 
@@ -67,6 +67,14 @@ def test_plain_types_are_views() -> None:
         assert values.dtype == kind
         assert values.data_ptr() == raw.data_ptr()
         assert values.numel() * BLOCKS[dtype].nbytes == 64
+
+
+@pytest.mark.parametrize(("dtype", "kind"), FLOAT8.items())
+def test_floats_of_8_bits(dtype: str, kind: torch.dtype) -> None:
+    """All 256, as torch converts them: zeros keep their sign, what is no number stays none."""
+    raw = torch.arange(256, dtype=torch.uint8)
+    values, expected = decode(raw, dtype), raw.view(kind).float()
+    assert values.view(torch.int32).equal(expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class Packed(Stored):
             codes = codes[i - places[0][0] : i_end - places[0][0], o - places[1][0] : o_end - places[1][0]]
             rows = groups[i - inputs[0] : i_end - inputs[0]] - span[0]
             columns = slice(o - outputs[0], o_end - outputs[0])
-            values = codes.float().sub_(zeros[rows, columns]).mul_(scales[rows, columns])
+            values = codes.sub_(zeros[rows, columns]).mul_(scales[rows, columns])
             yield ((o, o_end), (i, i_end)), values.T
 
     def _order(self) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ class Packed(Stored):
         # Version 1 took 1 from each word as a whole, borrows and all; so it is put back.
         ones = sum(self.packing.zero_offset << shift for shift in range(0, 32, self.packing.bits))
         codes = unpacked(words + ones, self.packing.bits, 1, self._order())
-        return codes[:, outputs[0] - first * per : outputs[1] - first * per].float()
+        return codes[:, outputs[0] - first * per : outputs[1] - first * per]
 
     def _groups(self) -> "Tensor":
         """The group of every input, read whole on every rank so that all refuse the same file."""

@@ -68,7 +68,7 @@ class Scaled(Stored):
             for dim, ((start, stop), step) in enumerate(zip(taken, self.steps, strict=True)):
                 if factors.shape[dim] > 1:
                     factors = factors.repeat_interleave(step, dim).narrow(dim, start % step, stop - start)
-            yield taken, values.float().mul_(factors)
+            yield taken, values.mul_(factors)
 
     def _factors(self, blocks: Box) -> "Tensor":
         table = self.scale.whole(blocks[: len(self.scale.shape)]).float()

@@ -5,13 +5,13 @@ from torch import Tensor
 
 
 def unpacked(words: Tensor, bits: int, dim: int, order: tuple[int, ...]) -> Tensor:
-    """`words [a, b]`, int32 → codes, uint8, `[a * n, b]` for dim 0 or `[a, b * n]` for dim 1, n = 32 / bits.
+    """`words [a, b]`, int32 → codes, float32, `[a * n, b]` for dim 0 or `[a, b * n]` for dim 1, n = 32 / bits.
 
     `order[j]` is where, counted from the lowest bits, the j-th code of a word lies.
     """
     count, (rows, columns) = len(order), words.shape
     shape = (rows, count, columns) if dim == 0 else (rows, columns, count)
-    codes = torch.empty(shape, dtype=torch.uint8)
+    codes = torch.empty(shape)
     for j, place in enumerate(order):
         code = (words >> bits * place) & ((1 << bits) - 1)
         codes.select(1 if dim == 0 else 2, j).copy_(code)
