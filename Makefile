@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long lint types install bench-peers performance clean
+.PHONY: demo test test-long fuzz lint types install bench-peers performance clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/shardwright generate --tp 2 "What is the capital of France?"
@@ -13,6 +13,12 @@ test: $(VENV)/test.done lint types
 
 test-long: $(VENV)/test.done
 	$(BIN)/pytest -m long
+
+# A million damaged headers of each format, a minute and a half. SEED=2 makes others.
+SEED ?= 1
+fuzz: $(VENV)/test.done
+	$(BIN)/python -m tests.checkpoint.fuzz gguf --mutations 1000000 --seed $(SEED)
+	$(BIN)/python -m tests.checkpoint.fuzz safetensors --mutations 1000000 --seed $(SEED)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check

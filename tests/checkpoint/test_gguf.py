@@ -1,7 +1,6 @@
 """The GGUF header: every kind of damage has its message, and the oracle is the gguf package."""
 
 import os
-import random
 import struct
 from pathlib import Path
 
@@ -9,45 +8,13 @@ import gguf
 import numpy as np
 import pytest
 from tests.checkpoint.blocks import random_blocks
+from tests.checkpoint.gguf_bytes import ALIGNED, A, array, pair, string, tensor, written
 
 from shardwright.checkpoint.blocks import QUANTISED
 from shardwright.checkpoint.gguf import read_header
-from shardwright.errors import FileError, ShardwrightError, UnsupportedError
+from shardwright.errors import FileError, UnsupportedError
 
 BF16 = gguf.GGMLQuantizationType.BF16
-
-
-def string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return struct.pack("<Q", len(data)) + data
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return string(key) + struct.pack("<I", kind) + value
-
-
-def array(kind: int, count: int, values: bytes = b"") -> bytes:
-    return struct.pack("<IQ", kind, count) + values
-
-
-def tensor(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
-    return string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-ALIGNED = pair("general.alignment", 4, struct.pack("<I", 32))
-A = tensor("a", (3, 2), 0, 0)
-"""24 bytes of data; with what follows it aligned, 32."""
-
-
-def written(
-    folder: Path, pairs: list[bytes], tensors: list[bytes], *, data: int = 64, start: bytes = b"", counts: int = 0
-) -> Path:
-    """A file of these parts. `start` replaces magic and version; `counts` is added to the number of metadata pairs."""
-    head = start or b"GGUF" + struct.pack("<I", 3)
-    header = head + struct.pack("<QQ", len(tensors), len(pairs) + counts) + b"".join(pairs + tensors)
-    path = folder / "x.gguf"
-    path.write_bytes(header + bytes(-len(header) % 32) + bytes(data))
-    return path
 
 
 def test_equals_the_package_on_all_it_writes(tmp_path: Path) -> None:
@@ -117,7 +84,7 @@ def test_strings_across_chunks(tmp_path: Path) -> None:
 
 
 def test_honours_alignment(tmp_path: Path) -> None:
-    path = written(tmp_path, [pair("general.alignment", 4, struct.pack("<I", 64))], [A], data=256)
+    path = written(tmp_path, [pair("general.alignment", 4, struct.pack("<I", 64))], [A], data=64)
     assert read_header(path)[1]["a"].offset % 64 == 0
 
 
@@ -154,9 +121,10 @@ U32 = struct.pack("<I", 1)
         ([], [tensor("a", (2**63, 0), 0, 0)], "2^63 elements or more"),
         ([], [tensor("a", (33, 32), 3, 0)], "tensor 'a' has rows of 33, not a multiple of q4_1's block of 32"),
         ([], [tensor("a", (8,), 0, 8)], "tensor 'a' has offset 8, not a multiple of 32"),
-        ([], [tensor("a", (17,), 0, 0)], "tensor 'a' ends at byte 132 but the file has 128"),
+        ([], [tensor("a", (17,), 0, 0)], "tensor 'a' ends at byte 132 but the file has 96"),
         ([], [tensor("a", (8,), 0, 2**63)], "tensor 'a' ends at byte 9,223,372,036,854,775,904 but the file has"),
-        ([], [tensor("a", (9,), 0, 0), tensor("b", (1,), 0, 32)], "tensor 'b' starts at byte 128, inside 'a'"),
+        ([], [tensor("b", (1,), 0, 0), tensor("a", (8,), 0, 0)], "tensor 'a' starts at byte 96, inside tensor 'b'"),
+        ([], [tensor("a", (0,), 0, 32)], "bytes 64 to 96, before tensor 'a', belong to no tensor"),
     ],
 )
 def test_refuses_a_damaged_header(tmp_path: Path, pairs: list[bytes], tensors: list[bytes], problem: str) -> None:
@@ -224,28 +192,3 @@ def test_every_prefix_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with pytest.raises(FileError):
             read_header(path)
-
-
-@pytest.mark.timeout(20)
-def test_no_mutation_escapes_its_errors(tmp_path: Path) -> None:
-    """A few thousand damaged headers: each is refused with an error of ours, or still describes what the file holds."""
-    pairs = [ALIGNED, pair("w", 9, array(8, 2, string("ab") + string("c"))), pair("n", 9, array(5, 2, bytes(8)))]
-    path = written(tmp_path, [*pairs, pair("b", 7, b"\x01")], [A, tensor("q", (32,), 3, 32)])
-    sound, draw = path.read_bytes(), random.Random(0)
-    refused = 0
-    for _ in range(3_000):
-        damaged = bytearray(sound)
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(sound) - 64)
-            damaged[at : at + draw.choice((0, 1, 1, 1, 1, 2))] = bytes(
-                [draw.choice((draw.randrange(256), 0, 1, 9, 255))]
-            )
-        path.write_bytes(damaged)
-        try:
-            _, entries = read_header(path)
-        except ShardwrightError as error:
-            str(error).encode()
-            refused += 1
-        else:
-            assert all(0 <= entry.offset <= entry.end <= len(damaged) for entry in entries.values())
-    assert 1_000 < refused < 3_000

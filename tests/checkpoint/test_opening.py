@@ -64,18 +64,28 @@ def test_a_gguf_file(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path, weight_map: object) -> Path:
-    parts = {"a__safetensors": {"x": torch.ones(2), "y": torch.ones(3)}, "b__safetensors": {"x": torch.zeros(2)}}
+    parts = {"a__safetensors": {"x": torch.ones(2), "y": torch.ones(3)}, "b__safetensors": {"z": torch.zeros(2)}}
     index = {"metadata": {}, "weight_map": weight_map}
     return directory(folder, config__json={}, model__safetensors__index__json=index, **parts)
 
 
 def test_a_sharded_directory_takes_each_tensor_from_the_file_its_index_says(tmp_path: Path) -> None:
-    where = sharded(tmp_path, {"x": "b.safetensors", "y": "a.safetensors"})
+    where = sharded(tmp_path, {"x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors"})
     with open_checkpoint(where) as checkpoint:
-        assert checkpoint.entries.keys() == {"x", "y"}
+        assert checkpoint.entries.keys() == {"x", "y", "z"}
         out = torch.ones(2)
-        checkpoint.fill(out, whole("x", 2))
+        checkpoint.fill(out, whole("z", 2))
         assert out.equal(torch.zeros(2))
+
+
+def test_refuses_a_part_that_the_index_does_not_name(tmp_path: Path) -> None:
+    """Other files may lie beside the weights: another program's, an adapter."""
+    where = sharded(tmp_path, {"x": "a.safetensors", "y": "a.safetensors", "z": "b.safetensors"})
+    (where / "adapter.safetensors").touch()
+    open_checkpoint(where).close()
+    (where / "model-00003-of-00003.safetensors").touch()
+    with pytest.raises(FileError, match=r"model-00003-of-00003.safetensors: the index does not name this part; remove"):
+        open_checkpoint(where)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,10 @@ def test_a_sharded_directory_takes_each_tensor_from_the_file_its_index_says(tmp_
         ({"x": "../a.safetensors"}, "tensor 'x' is said to be in '../a.safetensors', no safetensors file beside it"),
         ({"x": "pytorch_model.bin"}, "tensor 'x' is said to be in 'pytorch_model.bin', no safetensors file beside it"),
         ({"y": "b.safetensors"}, "b.safetensors: the index promises tensor 'y' in it; download both again"),
+        (
+            {"y": "a.safetensors"},
+            "a.safetensors: the index does not place tensor 'x' in it (1 such); download both again",
+        ),
         ({"x": "c.safetensors"}, "c.safetensors: it cannot be opened: No such file or directory"),
     ],
 )
@@ -163,8 +177,8 @@ def test_refuses_one_of_several_gguf_files(tmp_path: Path) -> None:
 
 def test_a_config_too_long_to_be_one(tmp_path: Path) -> None:
     where = directory(tmp_path, config__json={})
-    os.truncate(where / "config.json", 100_000_001)  # sparse: takes no disk
-    with pytest.raises(FileError, match="it has 100,000,001 bytes and at most 100,000,000 are allowed"):
+    os.truncate(where / "config.json", 20_000_001)  # sparse: takes no disk
+    with pytest.raises(FileError, match="it has 20,000,001 bytes and at most 20,000,000 are allowed"):
         open_checkpoint(where)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 
 from shardwright.checkpoint.entry import Entry
 from shardwright.checkpoint.safetensors import read_header
-from shardwright.errors import FileError, ShardwrightError, UnsupportedError
+from shardwright.errors import FileError, UnsupportedError
 
 A = '"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}'
 B = '"b": {"dtype": "BF16", "shape": [5], "data_offsets": [24, 34]}'
@@ -118,18 +117,16 @@ def test_refuses_other_dtypes_and_lists_its_own(tmp_path: Path, dtype: str) -> N
         read_header(written(tmp_path, tensor(dtype=dtype)))
 
 
-@pytest.mark.parametrize("length", [35, 100_000_001, 2**64 - 1])
+@pytest.mark.parametrize("length", [35, 20_000_001, 2**64 - 1])
 def test_believes_no_length_it_cannot_hold(tmp_path: Path, length: int) -> None:
-    with pytest.raises(
-        FileError, match=f"its header claims {length:,} bytes; 100,000,000 are allowed and the file has"
-    ):
+    with pytest.raises(FileError, match=f"its header claims {length:,} bytes; 20,000,000 are allowed and the file has"):
         read_header(written(tmp_path, "{}", data=32, length=length))
 
 
 def test_the_bound_holds_in_a_file_that_is_long_enough(tmp_path: Path) -> None:
-    path = written(tmp_path, "{}", length=100_000_001)
+    path = written(tmp_path, "{}", length=20_000_001)
     os.truncate(path, 200_000_000)  # sparse: takes no disk
-    with pytest.raises(FileError, match="its header claims 100,000,001 bytes"):
+    with pytest.raises(FileError, match="its header claims 20,000,001 bytes"):
         read_header(path)
 
 
@@ -147,27 +144,3 @@ def test_a_long_strange_name_fits_one_line(tmp_path: Path) -> None:
     message = str(refusal.value).removeprefix(str(tmp_path))
     assert len(message.encode()) < 1_500
     assert "\n" not in message
-
-
-@pytest.mark.timeout(20)
-def test_no_mutation_escapes_its_errors(tmp_path: Path) -> None:
-    """A few thousand damaged headers: each is refused with an error of ours, or still describes what the file holds."""
-    path = written(tmp_path, f'{{"__metadata__": {{"format": "pt"}}, {A}, {B}}}')
-    sound, draw = path.read_bytes(), random.Random(0)
-    refused = 0
-    for _ in range(3_000):
-        damaged = bytearray(sound)
-        for _ in range(draw.randint(1, 3)):
-            at = draw.randrange(len(sound) - 34)
-            damaged[at : at + draw.choice((0, 1, 1, 1, 2))] = bytes(
-                [draw.choice((draw.randrange(256), *b'"0-[]{},:9'))]
-            )
-        path.write_bytes(damaged)
-        try:
-            entries = read_header(path)
-        except ShardwrightError as error:
-            str(error).encode()
-            refused += 1
-        else:
-            assert all(0 <= entry.offset <= entry.end <= len(damaged) for entry in entries.values())
-    assert 2_000 < refused < 3_000

@@ -221,8 +221,8 @@ def test_refuses_what_is_not_there_or_has_another_shape(tmp_path: Path) -> None:
     with saved(tmp_path, w=full) as checkpoint:
         with pytest.raises(FileError) as missing:
             checkpoint.read(piece_of("v", full, (((0, 4),), ((0, 6),)), "none"), full)
-        problem = "there is no tensor 'v' of shape [4, 6] among its 1; check that it is of this model"
-        assert str(missing.value) == f"{tmp_path}: {problem}"
+        problem = "tensor 'v' is missing among 1 where the model's config asks for [4, 6]; use the config these weights"
+        assert str(missing.value) == f"{tmp_path}: {problem} came with"
         with pytest.raises(FileError) as other:
             checkpoint.read(piece_of("w", full.T, (((0, 6),), ((0, 4),)), "none"), full.T)
         problem = (

@@ -118,7 +118,7 @@ def test_progress_counts_every_parameter(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(("tensors", "said"), [
-    ({ROW: None}, f"tensor '{ROW}' is missing where the model's config asks for [30, 24]"),
+    ({ROW: None}, f"tensor '{ROW}' is missing among 20 where the model's config asks for [30, 24]"),
     ({ROW: torch.zeros(30, 23)}, f"tensor '{ROW}' has shape [30, 23] where the model's config asks for [30, 24]"),
     ({"lm_head.bias": torch.zeros(53)}, "tensor 'lm_head.bias' (1 such) has no place in a llama model"),
     ({f"model.layers.2.{i}": torch.zeros(1) for i in range(9)}, "tensor 'model.layers.2.0' (9 such) has no place"),

@@ -1,6 +1,7 @@
 """A regular file opened for positional reads.
 
-Decides that a directory, a pipe and a short read are errors and not surprises. Knows no format; counts what it reads.
+Decides that a directory, a pipe, a short read and a file that somebody writes to are errors and not surprises. Knows no
+format; counts what it reads.
 """
 
 import os
@@ -33,6 +34,7 @@ class File:
             self.close()
             raise FileError(self.path, "it is not a regular file", "check the path")
         self.size = status.st_size
+        self._written = status.st_mtime_ns
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on."""
@@ -61,6 +63,19 @@ class File:
                 raise FileError(self.path, f"{problem} (it was shortened while open)", "download it again")
             done += got
         self.bytes_read += done
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a file that was written to since it was opened; a second writer within the clock's tick
+        is not seen.
+
+        Raises:
+            FileError: its size or the time of its last change is another.
+            UsageError: it is closed.
+        """
+        status = os.fstat(self._open())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._written):
+            problem = f"it was changed while it was being read ({self.size:,} bytes then, {status.st_size:,} now)"
+            raise FileError(self.path, problem, "wait until nothing writes to it, and try again")
 
     def will_need(self) -> None:
         """Ask the system to start reading the whole file ahead; returns at once."""

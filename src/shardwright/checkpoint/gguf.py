@@ -8,12 +8,11 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import os
 import struct
-from itertools import pairwise
 from typing import TypeAlias
 
 from shardwright.checkpoint.entry import BLOCKS, Entry, is_shape, quoted, stored_size
 from shardwright.checkpoint.file import File
-from shardwright.checkpoint.stream import Stream
+from shardwright.checkpoint.stream import SCALAR, Stream
 from shardwright.errors import FileError, UnsupportedError
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...]"
@@ -38,6 +37,15 @@ NAMES = {
 
 MAX_DEPTH = 4
 MAX_DIMS = 4
+MAX_TENSORS = 65_536
+MAX_PAIRS = 10_000
+"""Counts beyond which no model goes: some have 2,000 tensors, and 100 pairs."""
+
+TENSOR, PAIR, NESTED = 800, 300, 1_000
+"""Bytes of memory that one of each takes at most; nested arrays cost time rather."""
+
+BATCH = 1 << 16
+"""Numbers of an array that are converted at a time."""
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
 LEAST_PAIR = 8 + 4 + 1
@@ -65,6 +73,10 @@ def parse_header(file: File) -> tuple[Metadata, dict[str, Entry]]:
     tensors, pairs = stream.u64("the tensor count"), stream.u64("the metadata count")
     stream.check(tensors, LEAST_TENSOR, f"the table of {tensors:,} tensors")
     stream.check(pairs, LEAST_PAIR, f"the table of {pairs:,} metadata pairs")
+    for count, most, what in ((tensors, MAX_TENSORS, "tensors"), (pairs, MAX_PAIRS, "metadata pairs")):
+        if count > most:
+            raise FileError(file.path, f"it has {count:,} {what} where {most:,} are allowed", REMEDY)
+    stream.spend(tensors * TENSOR + pairs * PAIR, "the header")
     metadata = _metadata(stream, pairs)
     described = [_description(stream, index) for index in range(tensors)]
     alignment = _alignment(file, metadata)
@@ -77,7 +89,8 @@ def parse_header(file: File) -> tuple[Metadata, dict[str, Entry]]:
             problem = f"tensor {quoted(name)} has offset {offset:,}, not a multiple of {alignment}"
             raise FileError(file.path, problem, REMEDY)
         entries[name] = _entry(file, name, (TYPES[kind], shape), start + offset)
-    _check_overlap(file, entries)
+    _check_cover(file, entries, start, alignment)
+    file.check_unchanged()
     return metadata, entries
 
 
@@ -115,6 +128,7 @@ def _value(stream: Stream, kind: int, what: str, depth: int) -> Value:
     if kind != ARRAY:
         return _scalars(stream, kind, count, what)
     stream.check(count, 4 + 8, what)
+    stream.spend(count * NESTED, what)
     return tuple(_value(stream, ARRAY, what, depth - 1) for _ in range(count))
 
 
@@ -122,10 +136,15 @@ def _scalars(stream: Stream, kind: int, count: int, what: str) -> tuple[Value, .
     if kind not in SCALARS:
         raise FileError(stream.file.path, f"{what} has value type {kind}; types 0 to 12 exist", REMEDY)
     size = struct.calcsize(f"<{SCALARS[kind]}")
-    values = struct.unpack(f"<{count}{SCALARS[kind]}", stream.take(count * size, what))
+    stream.check(count, size, what)
+    stream.spend(count * SCALAR, what)
+    values: list[Value] = []
+    while len(values) < count:
+        some = min(BATCH, count - len(values))
+        values += struct.unpack(f"<{some}{SCALARS[kind]}", stream.take(some * size, what))
     if kind != BOOL:
-        return values
-    if any(value > 1 for value in values):
+        return tuple(values)
+    if not set(values) <= {0, 1}:
         raise FileError(stream.file.path, f"{what} holds a truth value that is neither 0 nor 1", REMEDY)
     return tuple(map(bool, values))
 
@@ -171,9 +190,16 @@ def _entry(file: File, name: str, layout: tuple[str, tuple[int, ...]], offset: i
     return entry
 
 
-def _check_overlap(file: File, entries: dict[str, Entry]) -> None:
-    in_order = sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes))
-    for before, entry in pairwise(in_order):
-        if entry.offset < before.end:
-            problem = f"tensor {quoted(entry.name)} starts at byte {entry.offset:,}, inside {quoted(before.name)}"
+def _check_cover(file: File, entries: dict[str, Entry], start: int, alignment: int) -> None:
+    """The tensors lie end to end from the header to the end of the file, but for what aligns them."""
+    at, before = start, "the header"
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        tensor = f"tensor {quoted(entry.name)}"
+        if entry.offset < at:
+            raise FileError(file.path, f"{tensor} starts at byte {entry.offset:,}, inside {before}", REMEDY)
+        if entry.offset - at >= alignment:
+            problem = f"bytes {at:,} to {entry.offset:,}, before {tensor}, belong to no tensor"
             raise FileError(file.path, problem, REMEDY)
+        at, before = entry.end, tensor
+    if file.size - at >= alignment:
+        raise FileError(file.path, f"its last tensor ends at byte {at:,} but the file has {file.size:,}", REMEDY)

@@ -5,6 +5,7 @@ no tensor what it is for.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardwright.checkpoint.json_object import read_object
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.errors import FileError, UnsupportedError
 
+PART = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
@@ -38,8 +40,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         metadata, entries = gguf.parse_header(file)
         if metadata.get("split.count", 1) not in (0, 1):
             raise UnsupportedError(f"{path}: one of several GGUF files; join them with llama-gguf-split --merge")
+        checkpoint = Checkpoint(path, metadata, {file: entries})
         stack.pop_all()
-    return Checkpoint(path, metadata, {file: entries})
+    return checkpoint
 
 
 def _open_directory(where: Path) -> Checkpoint:
@@ -64,6 +67,9 @@ def _open_weights(where: Path, names: list[str], stack: ExitStack) -> dict[File,
         return {file: safetensors.parse_header(file)}
     if "model.safetensors.index.json" in names:
         parts = read_index(where / "model.safetensors.index.json")
+        for name in names:
+            if PART.fullmatch(name) and name not in parts:
+                raise FileError(where / name, "the index does not name this part", "remove it, or download all again")
         return dict(_open_part(where / name, tensors, stack) for name, tensors in parts.items())
     for name in names:
         if name.endswith(PICKLES):
@@ -78,7 +84,10 @@ def _open_part(path: Path, tensors: list[str], stack: ExitStack) -> tuple[File, 
     for name in tensors:
         if name not in header:
             raise FileError(path, f"the index promises tensor {quoted(name)} in it", "download both again")
-    return file, {name: header[name] for name in tensors}
+    if extra := sorted(header.keys() - set(tensors)):
+        problem = f"the index does not place tensor {quoted(extra[0])} in it"
+        raise FileError(path, f"{problem} ({len(extra)} such)", "download both again")
+    return file, header
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ def chunked(file: File, entry: Entry, box: Box) -> Iterator[tuple[Box, Tensor]]:
     """The values of `box` in boxes of at most `CHUNK` bytes.
 
     Raises:
-        FileError: the file was shortened since it was opened.
+        FileError: the file was written to since it was opened.
     """
     for chunk in chunks(covering(box, entry.block), max(1, CHUNK // entry.block.nbytes)):
         yield _read(file, entry, chunk, box)
@@ -50,6 +50,7 @@ def _read(file: File, entry: Entry, chunk: Box, source: Box) -> tuple[Box, Tenso
     for start, stop in runs(entry, chunk):
         file.read_into(start, view[at : at + stop - start])
         at += stop - start
+    file.check_unchanged()
     values = decode(raw, entry.dtype)
     if not chunk:
         return (), values.view(())

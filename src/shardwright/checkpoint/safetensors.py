@@ -49,6 +49,7 @@ def parse_header(file: File) -> dict[str, Entry]:
     _check_metadata(file, table.pop("__metadata__", {}))
     entries = {name: _entry(file, name, fields, 8 + length) for name, fields in table.items()}
     _check_cover(file, entries, 8 + length)
+    file.check_unchanged()
     return entries
 
 

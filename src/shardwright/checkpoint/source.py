@@ -13,7 +13,7 @@ from shardwright.checkpoint.entry import Entry, quoted
 from shardwright.checkpoint.file import File
 from shardwright.checkpoint.packed import Packed
 from shardwright.checkpoint.quantised import assemble
-from shardwright.checkpoint.stored import Plain
+from shardwright.checkpoint.stored import Plain, Stored
 from shardwright.errors import FileError
 
 if TYPE_CHECKING:
@@ -50,21 +50,26 @@ class Checkpoint:
         Reads only the bytes (of a block-quantised tensor: the blocks) that hold the piece, some MB at a time.
 
         Raises:
-            FileError: the tensor is missing or has another shape, or the file was shortened since it was opened.
+            FileError: the tensor is missing or has another shape, or the file was written to since it was opened.
             UnsupportedError: the file holds integers where `out` holds floats, or the other way round.
             UsageError: `out` does not have the piece's shape, or the checkpoint is closed.
         """
         from shardwright.checkpoint.transfer import transfer
 
-        stored = self.entries.get(piece.source)
-        if stored is None:
-            problem = f"there is no tensor {quoted(piece.source)} of shape {list(piece.source_shape)}"
-            raise FileError(self.path, f"{problem} among its {len(self.entries)}", "check that it is of this model")
-        if stored.shape != piece.source_shape:
-            problem = f"tensor {quoted(stored.name)} has shape {list(stored.shape)}"
-            wanted = f"the model's config asks for {list(piece.source_shape)}"
-            raise FileError(stored.path, f"{problem} where {wanted}", "use the config these weights came with")
-        transfer(stored, piece, out)
+        transfer(self.expect(piece.source, piece.source_shape), piece, out)
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """The tensor of that name.
+
+        Raises:
+            FileError: it is missing, or has another shape.
+        """
+        stored = self.entries.get(name)
+        if stored is None or stored.shape != shape:
+            found = f"has shape {list(stored.shape)}" if stored else f"is missing among {len(self.entries):,}"
+            problem = f"tensor {quoted(name)} {found} where the model's config asks for {list(shape)}"
+            raise FileError(stored.path if stored else self.path, problem, "use the config these weights came with")
+        return stored
 
     def fill(self, parameter: "Tensor", spec: "TensorSpec") -> None:
         """Read every piece of one parameter on this rank."""

@@ -16,7 +16,7 @@ def transfer(stored: Stored, piece: Piece, out: Tensor) -> None:
     """Read the source boxes of `piece`, and no other byte but their blocks', into `out`, the view they fill.
 
     Raises:
-        FileError: the file was shortened since it was opened.
+        FileError: the file was written to since it was opened.
         UnsupportedError: the file holds integers and `out` does not, or the other way round.
         UsageError: `out` has no storage or another shape than the piece, or the piece leaves its source.
     """

@@ -10,7 +10,7 @@ from torch import nn
 from shardwright.checkpoint.opening import open_checkpoint
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.comm.group import Group
-from shardwright.errors import FileError, UsageError
+from shardwright.errors import FileError, UnsupportedError, UsageError
 from shardwright.layout.spec import Specs
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
@@ -79,14 +79,15 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, naming: Naming) 
 
     One that the model would not use is refused because it would compute something else than the file's authors did.
     """
+    if config.layers > len(checkpoint.entries):
+        problem = f"{config.layers:,} layers cannot be made of {len(checkpoint.entries):,} tensors"
+        raise FileError(checkpoint.path, problem, "use the config these weights came with")
     whole = model_specs(config, Cuts.balanced(config, 1), 0, naming)
-    used = {piece.source: list(piece.source_shape) for spec in whole.values() for piece in spec.pieces}
+    used = {piece.source: piece.source_shape for spec in whole.values() for piece in spec.pieces}
     for name, shape in used.items():
-        entry = checkpoint.entries.get(name)
-        if entry is None or list(entry.shape) != shape:
-            found = f"has shape {list(entry.shape)}" if entry else "is missing"
-            problem = f"tensor '{name}' {found} where the model's config asks for {shape}"
-            raise FileError(checkpoint.path, problem, "use the config these weights came with")
+        stored = checkpoint.expect(name, shape)
+        if not stored.floating:
+            raise UnsupportedError(f"{stored.path}: tensor '{name}' holds {stored.dtype}; a model's weights are floats")
     ignored = {template.format(i=layer) for template in naming.ignored for layer in range(config.layers)}
     if config.tied:
         ignored.add(f"{naming.names['head']}.weight")

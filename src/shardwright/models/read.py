@@ -32,6 +32,9 @@ RENAMED = {
 }
 """Hugging Face's key → GGUF's, behind the architecture's name and a dot."""
 
+MAX_HEADS = 100_000
+"""Heads of all layers: the table of who holds what has a row for each. MT-NLG, with the most, has 40,000."""
+
 
 def read_config(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     """The model's configuration, and how this checkpoint names its tensors.
@@ -113,6 +116,9 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
     if heads % schema.kv_heads or not size or turned % 2:
         problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}"
         raise FileError(path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")
+    if schema.num_hidden_layers * (heads + 2 * schema.kv_heads) > MAX_HEADS:
+        problem = f"{schema.num_hidden_layers:,} layers of {heads:,} query and {schema.kv_heads:,} KV heads are not a model"
+        raise FileError(path, problem, "check its config, or download it again")
     if local is not None:
         said["local_rope_theta"] = _plain_theta(local, schema, path)
     return ModelConfig(**said, rope_scaling=_scaling(rope, schema, turned, path) if turned else None)
