@@ -46,6 +46,11 @@ class Stored(ABC):
         """Whether its values are floats."""
         return not self.dtype.startswith(("int", "uint", "bool"))
 
+    @property
+    def group(self) -> int:
+        """Neighbours of a row that share a scale; 1 where it has none."""
+        return 1
+
     @abstractmethod
     def values(self, box: Box) -> "Iterator[tuple[Box, Tensor]]":
         """The values of a box: boxes that tile it and what they hold, each small; none of an empty one."""
@@ -78,6 +83,11 @@ class Plain(Stored):
     def path(self) -> str:
         """The file."""
         return self.file.path
+
+    @property
+    def group(self) -> int:
+        """A block's elements."""
+        return self.entry.block.elements
 
     def values(self, box: Box) -> "Iterator[tuple[Box, Tensor]]":
         """Reads the bytes (of a block-quantised tensor: the blocks) that hold the box, and no others."""

@@ -117,7 +117,7 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
         problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}"
         raise FileError(path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")
     if schema.num_hidden_layers * (heads + 2 * schema.kv_heads) > MAX_HEADS:
-        problem = f"{schema.num_hidden_layers:,} layers of {heads:,} query and {schema.kv_heads:,} KV heads are not a model"
+        problem = f"{schema.num_hidden_layers:,} layers of {heads:,} and {schema.kv_heads:,} KV heads are not a model"
         raise FileError(path, problem, "check its config, or download it again")
     if local is not None:
         said["local_rope_theta"] = _plain_theta(local, schema, path)

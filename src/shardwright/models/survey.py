@@ -76,8 +76,7 @@ def quantisation_group(checkpoint: Checkpoint) -> int:
     if isinstance(said, dict):
         group = said.get("group_size", 1)
         return group if isinstance(group, int) and group > 1 else 1
-    gguf = "general.architecture" in checkpoint.config
-    return max((entry.block.elements for entry in checkpoint.entries.values()), default=1) if gguf else 1
+    return max((stored.group for stored in checkpoint.entries.values()), default=1)
 
 
 def parameters(config: ModelConfig, naming: Naming) -> int:
