@@ -94,10 +94,9 @@ def test_a_quantisation_group_limits_weights_that_stay_quantised() -> None:
 
 @pytest.mark.parametrize(("said", "group"), [
     ({}, 1),
-    ({"quantization_config": {"group_size": 128}}, 128),
-    ({"quantization_config": {"group_size": -1}}, 1),
-    ({"quantization_config": {"group_size": "many"}}, 1),
-    ({"quantization_config": 3}, 1),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, 128),
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}}, 1),
+    ({"quantization_config": {"quant_method": "fp8"}}, 1),
 ])  # fmt: skip
 def test_the_group_a_config_speaks_of(said: dict[str, object], group: int) -> None:
     assert quantisation_group(Checkpoint("there", said, {})) == group
