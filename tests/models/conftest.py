@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 CLASSES = {
     "falcon": "FalconForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",

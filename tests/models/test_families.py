@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.models.test_transformers import (
     FLOAT32,
+    check_logits,
     gathered,
     greedy,
     loaded_logits,
@@ -30,7 +31,7 @@ from shardwright.layout.spec import Specs
 from shardwright.models.families import FAMILIES
 from shardwright.models.load import load
 from shardwright.testing.models import largest_difference, loss_of
-from shardwright.testing.ranks import on_threads
+from shardwright.testing.ranks import on_processes, on_threads
 
 SMALL: dict[str, Any] = {
     "hidden_size": 30,
@@ -82,6 +83,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", GROUPED),
     "phi3": ("phi3", SMALL | {"sliding_window": 5}),
+    "gemma": ("gemma", SMALL),
     "gemma2": ("gemma2", GROUPED | {"sliding_window": 4, "query_pre_attn_scalar": 13}),
     "gemma2 uncapped": ("gemma2", SMALL | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": ("gemma3", SMALL | {"sliding_window": 3, "sliding_window_pattern": 2, "query_pre_attn_scalar": 13}),
@@ -178,6 +180,17 @@ def mattering(specs: Specs, gradients: dict[str, Tensor]) -> Specs:
         name: replace(spec, pieces=tuple(piece for piece in spec.pieces if piece.source not in none))
         for name, spec in specs.items()
     }
+
+
+def check_all_logits(group: Group, saved: list[tuple[str, list[list[float]]]]) -> None:
+    for path, expected in saved:
+        check_logits(group, path, TEXTS, expected)
+
+
+def test_logits_equal_on_processes(saved: Any) -> None:
+    """Over shared memory: the all-reduce of T x 2, blocks side by side, norms around."""
+    models = [saved(*VARIANTS[name][:1], **VARIANTS[name][1]) for name in ("olmo2", "falcon 40b", "gemma2", "gpt2")]
+    on_processes(3, check_all_logits, [(str(path), reference_logits(model, TEXTS).tolist()) for model, path in models])
 
 
 def test_files_of_the_bare_model_load_too(saved: Any, tmp_path: Path) -> None:

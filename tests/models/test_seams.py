@@ -17,6 +17,7 @@ from shardwright.layout.heads import HeadPartition
 from shardwright.layout.sharding import qkv_linear
 from shardwright.layout.spec import Piece, boxes, split_rows
 from shardwright.models.decoder import Decoder
+from shardwright.models.rope import LongRopeScaling
 from shardwright.testing.models import SHAPES, largest_difference, loss_of, tiny_config, whole_tensors
 from shardwright.testing.ranks import on_processes, on_threads
 
@@ -75,14 +76,15 @@ def test_one_body_runs_on_threads_and_on_processes() -> None:
     assert threads == pytest.approx(processes, rel=1e-14)
 
 
-@pytest.mark.parametrize("shape", ["qwen3", "olmo2", "gpt_neox"])
+@pytest.mark.parametrize("shape", ["qwen3", "olmo2", "gpt_neox", "gemma3"])
 @pytest.mark.parametrize("tp", [2, 4, 7])
 def test_a_planned_run_calls_what_a_real_run_calls(shape: str, tp: int) -> None:
     """Operation, bytes and tag of every collective, forward and backward, without peers and without values.
 
     Norms over all heads at once add one all-reduce of T x 2 a layer.
     """
-    config = tiny_config(**SHAPES[shape])
+    longrope = LongRopeScaling(short=(1.0,), long=(2.0,), original=3) if shape == "gpt_neox" else None
+    config = tiny_config(**SHAPES[shape], rope_scaling=longrope)
 
     def step(group: RecordingGroup) -> list[Call]:
         model = Decoder(config, group)

@@ -52,7 +52,8 @@ class LengthRotary(nn.Module):
         rows = torch.tensor(
             [self.frequencies(length) for length in known], dtype=torch.float32, device=batch.positions.device
         ).reshape(len(known), len(self.frequencies(0)))
-        of_token = torch.repeat_interleave(rows, torch.tensor(batch.lengths, device=rows.device), dim=0)
+        lengths = torch.tensor(batch.lengths, dtype=torch.int64, device=rows.device)
+        of_token = torch.repeat_interleave(rows, lengths, dim=0, output_size=len(batch.positions))
         return _turned(batch.positions[:, None].float() * of_token, self.magnitude, dtype)
 
 

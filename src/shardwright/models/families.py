@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from shardwright.errors import UnsupportedError
 from shardwright.models.family import Family, Naming
-from shardwright.models.gemma import GEMMA2, GEMMA3
+from shardwright.models.gemma import GEMMA, GEMMA2, GEMMA3
 from shardwright.models.gpt import FALCON, GPT2, GPT_NEOX, OPT, STABLELM
 from shardwright.models.llama_like import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 
@@ -12,7 +12,7 @@ __all__ = ["FAMILIES", "Family", "Naming", "by_architecture", "by_gguf_architect
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, OLMO2),
-    *(GEMMA2, GEMMA3),
+    *(GEMMA, GEMMA2, GEMMA3),
     *(STABLELM, GPT_NEOX, FALCON, GPT2, OPT),
 )
 

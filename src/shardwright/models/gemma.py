@@ -1,13 +1,13 @@
-"""Gemma 2 and 3: norms around attention and MLP, GeGLU, scaled embeddings, windows in some layers, soft limits."""
+"""Gemma: norms by 1 + weight, GeGLU, scaled embeddings; since Gemma 2 also norms behind, windows and soft limits."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shardwright.models.family import Family, Naming
-from shardwright.models.llama_like import HUGGINGFACE
-from shardwright.models.schema import Positive, Traits, Window, WindowedSchema
+from shardwright.models.llama_like import HUGGINGFACE, STANDARD
+from shardwright.models.schema import Positive, Schema, Traits, Window, WindowedSchema
 
 NAMING = Naming(
     names=HUGGINGFACE
@@ -18,6 +18,28 @@ NAMING = Naming(
     },
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
 )
+
+
+class Gemma(Schema):
+    """Norms where Llama has them; tied; heads wider than the hidden size has room for."""
+
+    head_dim: int | None = Field(default=256, ge=2, le=1 << 16)
+    hidden_act: str = "gelu_pytorch_tanh"
+    tie_word_embeddings: bool = True
+
+    @field_validator("hidden_act")
+    @classmethod
+    def _legacy(cls, said: str) -> str:
+        """The first files say `gelu` and mean its approximation."""
+        return "gelu_pytorch_tanh" if said == "gelu" else said
+
+    def traits(self) -> Traits:
+        """Biases as Llama's."""
+        scale = self.hidden_size**0.5
+        return super().traits() | {"mlp_bias": False, "norm": "rms_plus_one", "embedding_scale": scale}
+
+
+GEMMA = Family(name="gemma", architecture="GemmaForCausalLM", schema=Gemma, huggingface=STANDARD)
 
 
 class Gemma2(WindowedSchema):

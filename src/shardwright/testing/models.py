@@ -31,6 +31,13 @@ SHAPES: Mapping[str, Mapping[str, object]] = {
     "qwen3": {"family": "qwen3", "qk_norm": True},
     "phi3": {"family": "phi3"},
     "olmo2": {"family": "olmo2", "block": "post", "wide_qk_norm": True},
+    "gemma": {
+        "family": "gemma",
+        "norm": "rms_plus_one",
+        "activation": "gelu_tanh",
+        "embedding_scale": 4.5,
+        "tied": True,
+    },
     "gemma2": {"family": "gemma2", "score_cap": 5.0, "logit_cap": 3.0, **_GEMMA},
     "gemma3": {"family": "gemma3", "qk_norm": True, "local_rope_theta": 100.0, **_GEMMA},
     "stablelm": {"family": "stablelm", "norm": "layer", "rotary_size": 2},
