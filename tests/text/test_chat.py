@@ -1,7 +1,10 @@
 """Chat templates against transformers' `apply_chat_template`."""
 
+import os
 import re
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -165,6 +168,34 @@ def test_errors_name_whose_fault_it_is(template: str, error: type[ShardwrightErr
     with pytest.raises(error, match=message) as caught:
         render(template, [{"role": "user", "content": "x"}], origin="m.gguf")
     assert "\n" not in str(caught.value)
+
+
+DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "takes longer than 1 s"),
+        ("{{ 9 ** (9 ** 9) }}", "takes longer than 1 s"),
+        ("{{ 'x' * 10 ** 10 }}", "takes more than 512,000,000 bytes of memory"),
+        ("{{ 'x'.center(10 ** 10) }}", "takes more than 512,000,000 bytes of memory"),
+        (DOUBLING, "takes more than 512,000,000 bytes of memory"),
+        ("{{ 'x' * 5000000 }}", "takes more than 4,000,000 characters"),
+    ],
+)
+def test_a_template_neither_runs_for_ever_nor_fills_the_machine(template: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(FileError, match=f"^m.gguf: its chat template {message}; use --raw$"):
+        render(template, [{"role": "user", "content": "x"}], origin="m.gguf", seconds=1)
+    assert time.monotonic() - start < 3
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not any(b"render.py" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
+
+
+def test_messages_that_are_no_json() -> None:
+    with pytest.raises(UsageError, match="they are no plain JSON"):
+        render("x", [{"role": "user", "content": object()}])
 
 
 def test_no_messages() -> None:

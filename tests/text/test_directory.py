@@ -1,6 +1,7 @@
 """Hugging Face directories, as transformers writes them and as older ones were, against transformers reading them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,3 +237,10 @@ def test_damaged_companions(name: str, text: str, problem: str, saved: Path) -> 
         Tokenizer.from_directory(saved)
     assert str(saved / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "size"), [("tokenizer.json", 200_000_001), ("tokenizer_config.json", 8_000_001)])
+def test_files_too_long_to_be_what_they_are_called(name: str, size: int, saved: Path) -> None:
+    os.truncate(saved / name, size)  # sparse: takes no disk
+    with pytest.raises(FileError, match=f"{name}: has {size:,} bytes where .* are allowed"):
+        Tokenizer.from_directory(saved)

@@ -1,38 +1,35 @@
-"""Conversations as a model's chat template writes them: the Jinja dialect of Hugging Face, in a sandbox.
+"""Conversations as a model's chat template writes them.
 
-Decides what a template may see and whose fault an error is. Knows nothing of tokens. Templates come from a model's file
-and are not trusted: they get plain values, and no way to change them or to reach Python's internals.
+Decides whose fault an error is, and how long a template may take. Knows nothing of tokens. Templates come from a
+model's file and are not trusted: each runs in a process of its own (`render`), in Jinja's sandbox, with limits of time
+and memory..
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Never
-
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from shardwright.errors import FileError, UsageError
 from shardwright.text.parts import one_line
 
-FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
-"""What an expression of a template can raise."""
-
 NO_MESSAGES: Mapping[str, str] = {}
+
+SECONDS = 5.0
+"""Longest a template may take, with the start of its process. Those of models take some milliseconds."""
+
+Message = Mapping[str, object]
 
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, object]],
+    messages: Sequence[Message],
     *,
     names: Mapping[str, str] = NO_MESSAGES,
     add_generation_prompt: bool = True,
     origin: Path | str = "chat template",
+    seconds: float = SECONDS,
 ) -> str:
     """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
@@ -40,69 +37,56 @@ def render(
     write (`bos_token`, …), `origin` is the file it came from.
 
     Raises:
-        UsageError: there are no messages, or the template refuses them.
-        FileError: the template is no valid one, or tries to leave the sandbox.
+        UsageError: there are no messages, or the template refuses them, or they are no plain values.
+        FileError: the template is no valid one, tries to leave the sandbox, or takes too long or too much memory.
     """
     if not messages:
         raise UsageError("messages", "[]", "a conversation has at least one message", "add one with role user")
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    compiled = _compile(template, origin)
+    values = {
+        "messages": plain,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        **names,
+    }
+    said = _asked({"template": template, "values": values}, origin, seconds)
+    match said:
+        case {"text": text}:
+            return text
+        case {"refused": problem}:
+            raise UsageError(
+                "messages",
+                f"<{len(messages)} messages>",
+                f"the model's chat template refuses them: {one_line(problem)}",
+                "check their roles and contents, or use --raw",
+            )
+        case {"syntax": problem}:
+            raise _bad(origin, f"does not compile: {one_line(problem)}", "correct it, or use --raw")
+        case {"sandbox": problem}:
+            raise _bad(origin, f"leaves the sandbox: {one_line(problem)}", "use --raw")
+    raise _bad(origin, f"takes {said['size']}", "use --raw")
+
+
+def _asked(request: Mapping[str, object], origin: Path | str, seconds: float) -> dict[str, str]:
+    """What a process of its own answers."""
     try:
-        return compiled.render(
-            messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
-        )
-    except SecurityError as error:
-        raise FileError(origin, f"its chat template leaves the sandbox: {one_line(error)}", "use --raw") from error
-    except FAULTS as error:
-        raise UsageError(
-            "messages",
-            f"<{len(messages)} messages>",
-            f"the model's chat template refuses them: {one_line(error)}",
-            "check their roles and contents, or use --raw",
-        ) from error
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str, origin: Path | str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
+        text = json.dumps(request)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError("messages", "<…>", f"they are no plain JSON: {one_line(error)}", "use strings") from error
+    program = Path(__file__).with_name("render.py")
+    # -P: the program's own folder is no place to import from.
+    command = [sys.executable, "-P", str(program)]
     try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as error:
-        problem = f"line {error.lineno}: {one_line(error.message)}"
-    except (SyntaxError, RecursionError, ValueError, OverflowError) as error:
-        problem = one_line(error)
-    raise FileError(origin, f"its chat template does not compile: {problem}", "correct it, or use --raw")
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise _bad(origin, f"takes longer than {seconds:g} s", "use --raw") from None
+    if done.returncode:
+        problem = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"signal {-done.returncode}"
+        raise _bad(origin, f"ended its process: {one_line(problem)}", "use --raw")
+    answer: dict[str, str] = json.loads(done.stdout)
+    return answer
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote, for training masks; here it is only a scope."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared so in the base class
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own, without HTML escapes and in the order of the keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> Never:
-    raise TemplateError(message)
-
-
-def _now(layout: str) -> str:
-    return datetime.now().strftime(layout)
+def _bad(origin: Path | str, problem: str, remedy: str) -> FileError:
+    return FileError(origin, f"its chat template {problem}", remedy)

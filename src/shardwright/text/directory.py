@@ -13,6 +13,9 @@ import tokenizers
 from shardwright.errors import FileError
 from shardwright.text.parts import REMEDY, Parts, Refusals, one_line
 
+MAX_BYTES = {"tokenizer.json": 200_000_000, "other": 8_000_000}
+"""Longest files that are read: Gemma 3's tokenizer.json, among the longest, has 33 MB; others have some 100 kB."""
+
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 """In the order in which transformers adds those that are not yet tokens."""
 
@@ -26,6 +29,7 @@ def read(path: Path) -> Parts:
             "has no tokenizer.json",
             "write one with transformers: AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)",
         )
+    _check_size(file)
     config = _Json.of(path / "tokenizer_config.json")
     names = _names(path, config)
     with Refusals(file):
@@ -45,6 +49,12 @@ def read(path: Path) -> Parts:
     )
 
 
+def _check_size(file: Path) -> None:
+    size, limit = file.stat().st_size, MAX_BYTES.get(file.name, MAX_BYTES["other"])
+    if size > limit:
+        raise FileError(file, f"has {size:,} bytes where {limit:,} are allowed", REMEDY)
+
+
 class _Json:
     """The object in one JSON file, empty where there is no file."""
 
@@ -56,6 +66,7 @@ class _Json:
     def of(cls, file: Path) -> "_Json":
         if not file.is_file():
             return cls(file, {})
+        _check_size(file)
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -124,6 +135,7 @@ def _stop_ids(path: Path, eos: int | None) -> frozenset[int]:
 def _chat_template(path: Path, config: _Json) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
+        _check_size(file)
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
