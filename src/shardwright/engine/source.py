@@ -46,6 +46,9 @@ class ModelSource:
             ids = self.tokenizer.encode(prompt) if raw else self.tokenizer.chat(chat)
         else:
             ids = list(prompt)
+        if not ids:
+            problem = "the model's tokenizer, or its chat template, makes no token of it"
+            raise UsageError("prompt", repr(prompt)[:60], problem, "use --raw, or another text")
         limit, words = self.config.context, self.config.vocabulary
         if len(ids) >= limit:
             problem = f"the model's context is {limit} tokens, and a new one must fit too"

@@ -52,9 +52,9 @@ def load(
         dtype = dtype or config.dtype
         if dtype not in DTYPES:
             raise UsageError("dtype", dtype, "there is no such weight type", f"use one of {', '.join(DTYPES)}")
+        _check_tensors(checkpoint, config, naming)  # first: of a config that lies, no table can be made
         cuts = Cuts.balanced(config, group.size)
         specs = model_specs(config, cuts, group.rank, naming, dtype=dtype)
-        _check_tensors(checkpoint, config, naming)
         with torch.device("meta"):
             model = Decoder(config, group, cuts).to(DTYPES[dtype])
         _fill(model, specs, checkpoint, progress or (lambda done, total: None))
