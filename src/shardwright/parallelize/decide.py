@@ -1,0 +1,115 @@
+"""Which chains are split: the largest set that can be, least communication first, and why the others stay whole.
+
+A chain that an operator needs whole loses its labels, and the graph is walked again without them: what stood in the way
+of others is now simply a value every rank holds. After two or three walks only chains that can be split are left.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from torch.fx import Node
+
+from shardwright.errors import UnsupportedError
+from shardwright.parallelize.chains import NOTHING, Chain, Classes, chains_of, classes_of
+from shardwright.parallelize.flow import Flow, Rule, shape_of
+from shardwright.parallelize.rules import custom_function, proven_rule, rule_of
+from shardwright.parallelize.trace import Trace
+
+Dims = set[tuple[str, int]]
+"""(parameter, dim)."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """flow: the last walk, where only what is split has labels · chains: what is split · whole: parameter → why not."""
+
+    flow: Flow
+    classes: Classes
+    chains: tuple[Chain, ...]
+    whole: dict[str, str]
+
+
+def decide(trace: Trace) -> Decision:
+    """Choose what to split by the flow of data alone.
+
+    Raises:
+        UnsupportedError: a custom autograd function would see a part of a dimension.
+    """
+    functions = {node: name for node in trace.graph.graph.nodes if (name := custom_function(node))}
+    if functions:
+        trusting = _decided(trace, rule_of)
+        for node, name in functions.items():
+            if trusting.flow.reads(node):
+                raise UnsupportedError(
+                    f"{name}: a custom autograd function over a dimension that would be split, and nothing says how "
+                    "its backward splits; write it with torch's operators, or leave the module it is in out of the model"
+                )
+    return _decided(trace, proven_rule)
+
+
+def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
+    dead: Dims = set()
+    whole: dict[str, str] = {}
+    while True:
+        flow, classes, chains = _walk(trace, dead, rules)
+        failed = [chain for chain in chains if chain.obstacle not in ("", NOTHING)]
+        if not failed:
+            break
+        for chain in failed:
+            dead |= _dims(chain)
+            for name in chain.parameters:
+                whole.setdefault(name, chain.obstacle)
+    nodes = {node.name: node for node in trace.graph.graph.nodes}
+    chosen: list[Chain] = []
+    taken: Dims = set()
+    for chain in sorted((c for c in chains if c.granules), key=lambda chain: _price(chain, flow, nodes)):
+        reason = _reluctance(chain, nodes)
+        if not reason and (clash := {name for name, _ in taken} & set(chain.parameters)):
+            reason = f"{min(clash)} is cut along its other dim, which moves less"
+        if reason:
+            for name in chain.parameters:
+                whole.setdefault(name, reason)
+            continue
+        chosen.append(chain)
+        taken |= _dims(chain)
+    everything = {(name, dim) for name in trace.names.values() for dim in range(8)}
+    flow, classes, chains = _walk(trace, everything - taken, rules)
+    split = tuple(chain for chain in chains if not chain.obstacle)
+    cut = {name for chain in split for name in chain.parameters}
+    names = dict.fromkeys(trace.names.values())
+    return Decision(flow, classes, split, {n: whole.get(n, NOTHING) for n in names if n not in cut})
+
+
+def _walk(trace: Trace, dead: Dims, rules: Callable[[Node], Rule]) -> tuple[Flow, Classes, list[Chain]]:
+    flow = Flow(trace.graph, trace.names, lambda name, dim: (name, dim) not in dead, rules)
+    classes = classes_of(flow.findings)
+    return flow, classes, chains_of(flow.findings, classes)
+
+
+def _dims(chain: Chain) -> Dims:
+    return {(source.parameter, source.dim) for source in chain.sources}
+
+
+def _price(chain: Chain, flow: Flow, nodes: dict[str, Node]) -> float:
+    """Elements moved a forward for each element that is split."""
+    moved = sum(prod(shape_of(nodes[name])) for name in (*chain.consumers, *chain.exits))
+    sizes = {flow_name: prod(shape) for flow_name, shape in _shapes(flow).items()}
+    return moved / max(1, sum(sizes.get(name, 0) for name in chain.parameters))
+
+
+def _shapes(flow: Flow) -> dict[str, tuple[int, ...]]:
+    graph = flow.module.graph
+    return {
+        flow.names[str(node.target)]: shape_of(node)
+        for node in graph.nodes
+        if node.op == "get_attr" and str(node.target) in flow.names
+    }
+
+
+def _reluctance(chain: Chain, nodes: dict[str, Node]) -> str:
+    """A table that is only looked up computes nothing, and splitting it would make every lookup a sum over ranks."""
+    lookups = [name for name in chain.consumers if str(nodes[name].target).startswith("aten.embedding")]
+    if not lookups:
+        return ""
+    return "a lookup computes nothing, and cutting the table by rows would sum every lookup over the ranks"

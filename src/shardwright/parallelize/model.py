@@ -1,0 +1,83 @@
+"""`parallelize_model`: one rank's part of any `nn.Module`, split by the flow of its data.
+
+The plan is made from a trace, which knows no group (`trace`, `decide`, `planning`); this file makes the rank's module.
+"""
+
+from copy import deepcopy
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from shardwright.comm.group import Group
+from shardwright.parallelize.attributes import set_own
+from shardwright.parallelize.modules import ColumnGather, CopyHook, RowSplit
+from shardwright.parallelize.partial import watch_gradients
+from shardwright.parallelize.plan import Cut, Plan
+from shardwright.parallelize.planning import Planned, plan_flow, widths
+from shardwright.parallelize.sharding import ATTRIBUTE, Sharding, refuse_split, rows
+from shardwright.parallelize.trace import TRACING, Trace, trace
+
+
+def parallelize_model(
+    model: nn.Module,
+    group: Group,
+    example_inputs: Any = None,
+    split_axis: Literal["auto", 0, 1] = "auto",
+    gather_output: bool = True,
+    rules: Literal["classical"] | None = None,
+) -> nn.Module:
+    """This rank's part of `model`, called as the model is, with whole inputs and outputs on every rank.
+
+    example_inputs: a `Trace`, or what `trace` takes: a tuple of positional arguments, a dict of keywords. The model is
+    left as it was; the result has its class, its state-dict names, and tensors of its own. `result.sharding.plan` says
+    what is split, what moves, and why the rest is whole. `full_state_dict` and `load_full_state_dict` gather and cut.
+    """
+    refuse_split(model)
+    with TRACING:
+        traced = example_inputs if isinstance(example_inputs, Trace) else trace(model, example_inputs)
+        planned = plan_flow(model, traced, group.size, gather_output=gather_output)
+        part = _local_copy(model, planned.plan, traced, group.rank)
+    _place(part, planned, group, gather_output=gather_output)
+    names = {name.removeprefix("model."): first for name, first in traced.names.items()}
+    setattr(part, ATTRIBUTE, Sharding(planned.plan, group, names))
+    return part
+
+
+def _local_copy(model: nn.Module, plan: Plan, traced: Trace, rank: int) -> nn.Module:
+    """A copy of the model whose parameters are this rank's parts."""
+    cuts = {cut.parameter: cut for cut in plan.cuts}
+    memo: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        memo[id(parameter)] = nn.Parameter(_part(parameter.detach(), cuts.get(name), rank), parameter.requires_grad)
+    return deepcopy(model, memo)
+
+
+def _part(whole: Tensor, cut: Cut | None, rank: int) -> Tensor:
+    if cut is None:
+        return whole.clone()
+    return whole.index_select(cut.dim, rows(cut, rank).to(whole.device)).contiguous()
+
+
+def _place(part: nn.Module, planned: Planned, group: Group, *, gather_output: bool) -> None:
+    """Put integers, modules and hooks where the plan has them."""
+    places, cuts = planned.places, {cut.parameter: cut for cut in planned.plan.cuts}
+    assert places is not None
+    for path, values in planned.settings.items():
+        set_own(part.get_submodule(path), {name: mine[group.rank] for name, mine in values.items()})
+    for product in places.rows:
+        part.set_submodule(product.path, RowSplit(part.get_submodule(product.path), product, group))
+    for product in places.gathers:
+        cut = cuts[f"{product.path}.{product.weight}"]
+        new = ColumnGather(part.get_submodule(product.path), product, group, widths(cut) if gather_output else None)
+        part.set_submodule(product.path, new)
+    gathered = {product.path for product in places.gathers}
+    for path in places.outputs:
+        part.get_submodule(path).register_forward_hook(CopyHook(group, path).after)
+    for path in places.inputs:
+        if path not in gathered:
+            part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before)
+    partial = tuple(source.parameter for chain in planned.decision.chains for source in chain.sources)
+    watch_gradients(part, cuts, (*places.shared, *partial), group)
+    for module in part.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            pass

@@ -1,0 +1,111 @@
+"""What takes the place of a model's modules at the ends of a chain. Parameters keep their names; sizes are local."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shardwright.comm import regions
+from shardwright.comm.group import Group
+from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
+from shardwright.parallelize.sites import Product
+
+
+class _Product(nn.Module):
+    """A module of one weight and perhaps a bias, under the names the model gave them."""
+
+    def __init__(self, old: nn.Module, product: Product, group: Group) -> None:
+        super().__init__()
+        self.group, self.tag, self.transposed = group, product.path, product.transposed
+        self.weight_name, self.bias_name = product.weight, product.bias
+        for name, parameter in old.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.train(old.training)
+
+    def _weight(self) -> Tensor:
+        """`[in, out]`."""
+        weight = self.get_parameter(self.weight_name)
+        return weight if self.transposed else weight.T
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias_name is None else y + self.get_parameter(self.bias_name)
+
+    def extra_repr(self) -> str:
+        """Local sizes."""
+        return f"{list(self._weight().shape)}, rank {self.group.rank} of {self.group.size}"
+
+
+@final
+class RowSplit(_Product):
+    """`x_r [..., I_r]` → `y [..., O]`, alike on every rank: one all-reduce; the bias is added once, after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`all_reduce(x_r @ w_r) + b`."""
+        flat = x if x.dim() in (2, 3) else x.flatten(0, -2) if x.dim() > 3 else x[None]
+        y = matmul_all_reduce(flat, self._weight(), self.group, tag=self.tag)
+        return self._biased(y.view(*x.shape[:-1], y.shape[-1]))
+
+
+@final
+class RowScatter(_Product):
+    """`x [..., I]`, alike on every rank, of which each takes its columns → `y [..., O]`: one all-reduce."""
+
+    def __init__(self, old: nn.Module, product: Product, group: Group, widths: Sequence[int]) -> None:
+        super().__init__(old, product, group)
+        self.widths = tuple(widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`all_reduce(x[..., mine] @ w_r) + b`."""
+        mine = regions.scatter(x, x.dim() - 1, self.widths, self.group, self.tag)
+        return self._biased(regions.reduce(mine @ self._weight(), self.group, self.tag))
+
+
+@final
+class ColumnGather(_Product):
+    """`x [..., I]` → `y [..., O]`, gathered from the ranks' columns; or this rank's `y_r` where `widths` is None."""
+
+    def __init__(self, old: nn.Module, product: Product, group: Group, widths: Sequence[int] | None) -> None:
+        super().__init__(old, product, group)
+        self.widths = None if widths is None else tuple(widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`all_gather(x @ w_r + b_r)`."""
+        y = self._biased(regions.copy(x, self.group, self.tag) @ self._weight())
+        return y if self.widths is None else regions.gather(y, y.dim() - 1, self.widths, self.group, self.tag)
+
+
+@final
+class VocabularySplit(nn.Module):
+    """Ids `[...]` → `x [..., H]`: each rank looks up the rows it has and gives zeros for the others: one all-reduce."""
+
+    def __init__(self, old: nn.Module, weight: str, path: str, start: int, stop: int, group: Group) -> None:
+        super().__init__()
+        self.group, self.tag, self.weight_name, self.start, self.stop = group, path, weight, start, stop
+        self.register_parameter(weight, old.get_parameter(weight))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`all_reduce(rows of w_r, or 0)`."""
+        weight = self.get_parameter(self.weight_name)
+        outside = (ids < self.start) | (ids >= self.stop)
+        if self.start == self.stop:  # still part of the graph, so that this rank's backward goes where the others' goes
+            found = weight.new_zeros(*ids.shape, weight.shape[1]) + weight.sum()
+        else:
+            found = F.embedding((ids - self.start).masked_fill(outside, 0), weight)
+        return regions.reduce(found.masked_fill(outside[..., None], 0), self.group, self.tag)
+
+
+@final
+class CopyHook:
+    """A hook: gradients of what passes are summed over the ranks."""
+
+    def __init__(self, group: Group, tag: str) -> None:
+        self.group, self.tag = group, tag
+
+    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """On a module's input."""
+        return (regions.copy(arguments[0], self.group, self.tag), *arguments[1:])
+
+    def after(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        """On a module's output."""
+        return regions.copy(output, self.group, self.tag)

@@ -1,0 +1,109 @@
+"""From a trace to a plan for so many ranks: cuts, moves, settings. Knows no group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+from torch.fx import Node
+
+from shardwright.errors import UnsupportedError
+from shardwright.layout.partition import Range
+from shardwright.parallelize.attributes import Settings, demands, solve
+from shardwright.parallelize.chains import Chain
+from shardwright.parallelize.decide import Decision, decide
+from shardwright.parallelize.flow import shape_of
+from shardwright.parallelize.placement import Placement, ranges
+from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
+from shardwright.parallelize.sites import Sites, sites
+from shardwright.parallelize.trace import Trace
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan and what applying it needs beside it; places is None where the traced graph runs."""
+
+    plan: Plan
+    decision: Decision
+    placement: Placement
+    places: Sites | None
+    settings: Settings
+
+
+def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool = True) -> Planned:
+    """The plan that the flow of data gives."""
+    decision = decide(trace)
+    placement = Placement(decision, ranks)
+    runs, places, settings = MODULES, None, {}
+    try:
+        places = sites(trace, decision)
+        settings = solve(model, trace, demands(trace, decision.flow), placement)
+    except UnsupportedError as error:
+        runs = str(error)
+    plan = Plan(
+        ranks,
+        tuple(_described(chain, trace) for chain in decision.chains),
+        _cuts(decision, placement, trace),
+        tuple(_moves(decision, placement, trace, gather_output=gather_output)),
+        decision.whole,
+        {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
+        placement.indexed,
+        runs,
+    )
+    return Planned(plan, decision, placement, places, settings)
+
+
+def _cuts(decision: Decision, placement: Placement, trace: Trace) -> tuple[Cut, ...]:
+    shapes = _shapes(trace)
+    found = []
+    for chain in decision.chains:
+        for source in chain.sources:
+            held = tuple(ranges(placement.rows(source, rank)) for rank in range(placement.ranks))
+            everywhere: tuple[Range, ...] = ((0, source.size),)
+            if any(mine != everywhere for mine in held) or placement.ranks == 1:
+                size = _bytes(trace.dtypes[source.parameter])
+                found.append(Cut(source.parameter, shapes[source.parameter], source.dim, held, size))
+    return tuple(found)
+
+
+def _moves(decision: Decision, placement: Placement, trace: Trace, *, gather_output: bool) -> list[Move]:
+    nodes: dict[str, Node] = {node.name: node for node in trace.graph.graph.nodes}
+    moves = []
+    for chain in decision.chains:
+        for name in chain.consumers:
+            value = nodes[name].meta["val"]
+            moves.append(Move("all_reduce", name, (value.numel() * value.element_size(),) * placement.ranks))
+        for name in chain.exits if gather_output else ():
+            labels, value = decision.flow.findings.exits[name], nodes[name].meta["val"]
+            sizes = [prod(placement.size(labels, rank)) * value.element_size() for rank in range(placement.ranks)]
+            moves.append(Move("all_gather", name, tuple(sizes)))
+    order = {name: at for at, name in enumerate(nodes)}
+    return sorted(moves, key=lambda move: order[move.at])
+
+
+def _described(chain: Chain, trace: Trace) -> str:
+    dims = {}
+    for source in chain.sources:
+        dims[source.parameter] = source.dim
+    names = ", ".join(f"{name} (dim {dim})" for name, dim in dims.items())
+    end = f"summed in {', '.join(chain.consumers)}" if chain.consumers else f"gathered from {', '.join(chain.exits)}"
+    return f"{len(chain.granules)} parts: {names}; {end}"
+
+
+def _shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
+    return {
+        trace.names[str(node.target)]: shape_of(node)
+        for node in trace.graph.graph.nodes
+        if node.op == "get_attr" and str(node.target) in trace.names
+    }
+
+
+def _bytes(dtype: str) -> int:
+    import torch
+
+    return torch.empty((), dtype=getattr(torch, dtype)).element_size()
+
+
+def widths(cut: Cut) -> Sequence[int]:
+    """How many places of the cut dim each rank holds."""
+    return [sum(stop - start for start, stop in mine) for mine in cut.ranges]

@@ -1,0 +1,174 @@
+"""Where in the model's modules communication goes: which module multiplies, whose output enters a chain.
+
+A chain begins where a value that every rank holds enters a product with a cut weight: its gradient is summed over the
+ranks. It ends in a module that does nothing but that product (and its bias): one that reduces takes its place. Where
+the model's modules have no such place, `UnsupportedError` says so, and the traced graph runs instead.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from shardwright.errors import UnsupportedError
+from shardwright.parallelize.attributes import owner
+from shardwright.parallelize.decide import Decision
+from shardwright.parallelize.rules import MOVING, SAME
+from shardwright.parallelize.trace import Trace
+
+
+@dataclass(frozen=True)
+class Product:
+    """A module that multiplies by one parameter. transposed: the weight is `[in, out]`; names are the module's own."""
+
+    path: str
+    node: str
+    weight: str
+    bias: str | None
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Sites:
+    """rows: modules that end a chain · gathers: modules whose output is gathered · outputs: modules whose output enters
+    chains · inputs: modules whose input does · shared: parameters, whole on every rank, with partial gradients.
+    """
+
+    rows: tuple[Product, ...]
+    gathers: tuple[Product, ...]
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    shared: tuple[str, ...]
+
+
+def sites(trace: Trace, decision: Decision) -> Sites:
+    """Find every place.
+
+    Raises:
+        UnsupportedError: one is inside a module's own code, where nothing can be put.
+    """
+    nodes = {node.name: node for node in trace.graph.graph.nodes}
+    leaving = {source.parameter for chain in decision.chains if chain.exits for source in chain.sources}
+    rows = [product(trace, nodes[name]) for chain in decision.chains for name in chain.consumers]
+    gathers = [
+        product(trace, node)
+        for node in nodes.values()
+        if node.op == "call_function" and leaving & set(_weights(trace, node)) and _is_product(node)
+    ]
+    entering: dict[Node, list[Node]] = {}
+    shared: dict[str, None] = {}
+    for name, operand in decision.flow.findings.entries:
+        outside = _outside(nodes[operand], nodes[name])
+        origin = _parameter(trace, nodes[operand])
+        if origin is not None:
+            shared[origin] = None
+        elif _differentiable(trace, outside):
+            entering.setdefault(outside, []).append(nodes[name])
+    outputs: dict[str, None] = {}
+    inputs: dict[str, None] = {}
+    for source, users in entering.items():
+        if not all(_is_product(user) for user in users):
+            raise UnsupportedError(f"{owner(users[0])}: {source.name}, which every rank holds, meets what is split")
+        if _whole_output(trace, source, users):
+            outputs[owner(source)] = None
+        else:
+            inputs |= dict.fromkeys(product(trace, user).path for user in users)
+    return Sites(tuple(rows), tuple(gathers), tuple(outputs), tuple(inputs), tuple(shared))
+
+
+def product(trace: Trace, node: Node) -> Product:
+    """The module that does this product and nothing else."""
+    path = owner(node)
+    weight_at = {"linear": 1, "addmm": 2, "matmul": 1, "mm": 1, "embedding": 0}.get(_name(node))
+    if weight_at is None:
+        raise UnsupportedError(f"{path}: {_name(node)} ends a chain, and only products with a weight can")
+    weight: Node = node.args[weight_at]  # type: ignore[assignment]
+    transposed = _name(node) in ("addmm", "matmul", "mm")
+    while weight.op != "get_attr" and _name(weight) in ("t", "numpy_T", "transpose", "mT"):
+        weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
+    mine = [one for one in trace.graph.graph.nodes if one.op == "call_function" and owner(one) == path]
+    biases = {name for one in mine for name in _weights(trace, one) if name != _parameter(trace, weight)}
+    plain = all(_name(one) in (*SAME, *MOVING, "add", "_assert_tensor_metadata") or one is node for one in mine)
+    prefix = f"model.{path}."
+    if weight.op != "get_attr" or not plain or len(biases) > 1 or not str(weight.target).startswith(prefix):
+        raise UnsupportedError(f"{path or 'the model'} does more than this product ({node.name}) in its own code")
+    used = [str(x.target).removeprefix(prefix) for one in mine for x in one.all_input_nodes if x.op == "get_attr"]
+    bias = next((name for name in used if name != str(weight.target).removeprefix(prefix)), None)
+    return Product(path, node.name, str(weight.target).removeprefix(prefix), bias, transposed)
+
+
+def _whole_output(trace: Trace, source: Node, users: list[Node]) -> bool:
+    """Whether a module's output is this value, all of whose uses enter chains: one sum of gradients serves them all."""
+    path = owner(source)
+    inside = [node for node in trace.graph.graph.nodes if node.op == "call_function" and _within(owner(node), path)]
+    leaving = {node for node in inside for user in _uses(node) if not _within(owner(user), path) or user.op == "output"}
+    calls = [call for call in trace.modules if call.path == path]
+    reached = {end for use in _uses(source) for end in _ends(use)}
+    return bool(path) and len(calls) == 1 and leaving == {source} and reached <= set(users)
+
+
+def _ends(node: Node) -> Iterator[Node]:
+    """Where a value ends up behind views of it."""
+    if _name(node) in (*SAME, *MOVING):
+        for use in _uses(node):
+            yield from _ends(use)
+    else:
+        yield node
+
+
+def _outside(operand: Node, user: Node) -> Node:
+    """What a product reads, before the views that its own module makes of it."""
+    while owner(operand) == owner(user) and _name(operand) in (*SAME, *MOVING):
+        first = operand.args[0]
+        if not isinstance(first, Node):
+            break
+        operand = first
+    return operand
+
+
+def _parameter(trace: Trace, node: Node) -> str | None:
+    """The parameter that a node is, or a view of."""
+    while node.op == "call_function" and _name(node) in (*SAME, *MOVING) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return trace.names.get(str(node.target)) if node.op == "get_attr" else None
+
+
+def _differentiable(trace: Trace, node: Node) -> bool:
+    """Whether a gradient may flow into this value: it depends on a parameter or on a floating input."""
+    seen, rest = set[Node](), [node]
+    while rest:
+        at = rest.pop()
+        found = at.meta.get("val")
+        if at in seen or (isinstance(found, Tensor) and not found.is_floating_point()):
+            continue
+        seen.add(at)
+        if at.op == "placeholder" or (at.op == "get_attr" and str(at.target) in trace.names):
+            if isinstance(found, Tensor):
+                return True
+        elif not isinstance(at.target, torch._ops.HigherOrderOperator):
+            rest += at.all_input_nodes
+    return False
+
+
+def _weights(trace: Trace, node: Node) -> list[str]:
+    found = [_parameter(trace, one) for one in node.all_input_nodes]
+    return [name for name in found if name is not None]
+
+
+def _uses(node: Node) -> list[Node]:
+    return [user for user in node.users if _name(user) != "_assert_tensor_metadata"]
+
+
+def _is_product(node: Node) -> bool:
+    return _name(node) in ("linear", "addmm", "matmul", "mm", "bmm", "conv1d", "conv2d", "embedding")
+
+
+def _within(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.") or not outer
+
+
+def _name(node: Node) -> str:
+    parts = str(node.target).split(".")
+    return parts[1] if node.op == "call_function" and len(parts) > 1 else ""

@@ -1,0 +1,204 @@
+"""`trace`: a model's graph, without running it and without a group.
+
+`torch.export(strict=False)` under fake tensors; every call of a torch function in the model's Python is numbered, and
+the nodes it makes carry its number, so that what the Python says (integers in reshapes) and what the graph says meet.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from shardwright.errors import UnsupportedError, UsageError
+
+LOOKS = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "requires_grad_")
+"""Torch calls that compute nothing; how often a model asks may differ between tracing and running."""
+
+TRACING = RLock()
+"""Tracing changes interpreter-wide state, and ranks may be threads."""
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def meta(self) -> Tensor:
+        """It on the meta device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a submodule: its path, the torch calls `start … stop` inside it, its arguments, tensors as `Like`."""
+
+    path: str
+    start: int
+    stop: int
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """graph: the model as one graph, its attributes under the model's own names · names: each parameter's name → its
+    first name, where weights are tied · functions: the torch calls in order · modules: the calls of submodules.
+    """
+
+    graph: GraphModule
+    names: Mapping[str, str]
+    functions: tuple[str, ...]
+    modules: tuple[ModuleCall, ...]
+    training: bool = False
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
+    """Trace `model` once; the result serves any number of ranks.
+
+    example_inputs: a tuple of positional arguments, a dict of keywords, or one tensor; without it `model.dummy_inputs`.
+    Their shapes are those the plan counts bytes for. `use_cache=False` is added where forward has it.
+
+    Raises:
+        UsageError: no example inputs, and the model has none.
+        UnsupportedError: shapes or branches depend on values, or the model is split already.
+    """
+    from shardwright.parallelize.sharding import refuse_split
+
+    refuse_split(model)
+    arguments, keywords = _inputs(model, example_inputs)
+    recorder = _Recorder()
+    with TRACING, _fast_path_off(), fx_traceback.preserve_node_meta(), recorder.watching(model), torch.enable_grad():
+        try:
+            exported = torch.export.export(_Watched(model, recorder), arguments, keywords, strict=False)
+        except UnsupportedError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, IndexError, KeyError) as error:
+            raise _refusal(error) from error
+    graph = exported.module(check_guards=False)
+    assert isinstance(graph, GraphModule)
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}
+    dtypes: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[f"model.{name}"] = first.setdefault(id(parameter), name)
+        dtypes[name] = str(parameter.dtype).removeprefix("torch.")
+    return Trace(graph, names, tuple(recorder.functions), tuple(recorder.calls), model.training, dtypes)
+
+
+class _Watched(nn.Module):
+    """The model, with every torch call of its Python seen by the recorder."""
+
+    def __init__(self, model: nn.Module, recorder: "_Recorder") -> None:
+        super().__init__()
+        self.model, self.recorder = model, recorder
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """The model's own."""
+        with self.recorder:
+            return self.model(*arguments, **keywords)
+
+
+class _Recorder(TorchFunctionMode):
+    """Numbers torch calls; each node of the graph carries the number of the call that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[str] = []
+        self.calls: list[ModuleCall] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it under its number."""
+        name = getattr(function, "__name__", str(function))
+        if name in LOOKS:
+            return function(*args, **(kwargs or {}))
+        number = len(self.functions)
+        self.functions.append(name)
+        with fx_traceback.annotate({"call": number}):
+            return function(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """See the calls of submodules and of custom autograd functions while inside."""
+        open_calls: list[tuple[int, Any, Any]] = []
+
+        def before(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            with torch._C.DisableTorchFunction():
+                open_calls.append((len(self.functions), tree_map(_like, arguments), tree_map(_like, keywords)))
+
+        def after(path: str) -> Any:
+            def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+                start, args, kwargs = open_calls.pop()
+                self.calls.append(ModuleCall(path, start, len(self.functions), args, kwargs))
+
+            return hook
+
+        handles = []
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after(path)))
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def marked(cls: Any, *arguments: Any, **keywords: Any) -> Any:
+            with fx_traceback.annotate({"function": cls.__name__}):
+                return apply.__get__(None, cls)(*arguments, **keywords)
+
+        torch.autograd.Function.apply = classmethod(marked)  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+            for handle in handles:
+                handle.remove()
+
+
+def _like(x: Any) -> Any:
+    return Like(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x
+
+
+@contextmanager
+def _fast_path_off() -> Iterator[None]:
+    """nn.MultiheadAttention's fused inference path is one opaque operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None:
+        given = getattr(model, "dummy_inputs", None)
+    if given is None:
+        remedy = "pass example_inputs: a tuple of positional arguments or a dict of keywords, of any small shape"
+        raise UsageError("example_inputs", None, f"{type(model).__name__} has no dummy_inputs", remedy)
+    if isinstance(given, Mapping):
+        arguments, keywords = (), dict(given)
+    else:
+        arguments, keywords = tuple(given) if isinstance(given, tuple | list) else (given,), {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        keywords.setdefault("use_cache", False)
+    return arguments, keywords
+
+
+def _refusal(error: Exception) -> Exception:
+    text = str(error).strip().split("\n")[0][:200]
+    kind = type(error).__name__
+    if "DataDependent" in kind or "GuardOnDataDependent" in str(error) or "data-dependent" in str(error).lower():
+        return UnsupportedError(
+            f"the model's shapes or branches depend on values ({text}); trace the part without them, or pass example "
+            "inputs for which the branch is decided by shapes"
+        )
+    return UnsupportedError(f"torch.export could not trace the model ({kind}: {text}); try other example_inputs")
