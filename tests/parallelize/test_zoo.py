@@ -1,4 +1,4 @@
-"""Models of transformers against their unsharded twins: outputs, communication, three optimiser steps, any rank count."""
+"""Models of transformers against their unsharded twins: outputs, communication, three optimiser steps."""
 
 import pytest
 from tests.parallelize.twins import compare

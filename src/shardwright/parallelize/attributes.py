@@ -84,7 +84,14 @@ def owner(node: Node) -> str:
 
 def _at(trace: Trace, node: Node, position: int) -> int:
     """The position among the integers of the Python call: an index has no dim argument; a slice in the graph has."""
-    return position - 1 if trace.functions[node.meta["custom"]["call"]] == "__getitem__" else position
+    number = node.meta["custom"]["call"]
+    if trace.functions[number] != "__getitem__":
+        return position
+    before, at = 0, node.prev
+    while at.meta.get("custom", {}).get("call") == number:
+        before += {"slice": 2, "select": 1}.get(str(at.target).split(".")[1], 0)
+        at = at.prev
+    return before + position - 1
 
 
 def _values(

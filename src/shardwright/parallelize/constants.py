@@ -21,13 +21,15 @@ Wanted = Callable[[Placement, int], int]
 
 
 def integers(arguments: Any) -> Iterator[int]:
-    """All integers of a call's arguments in order, those in lists and slices too."""
+    """All integers of a call's arguments in order, those in lists too; two of a slice that is not the whole dim."""
     if isinstance(arguments, bool):
         return
     if isinstance(arguments, int):
         yield arguments
     elif isinstance(arguments, slice):
-        yield from integers((arguments.start, arguments.stop, arguments.step))
+        if arguments != slice(None):
+            yield 0 if arguments.start is None else int(arguments.start)
+            yield END if arguments.stop is None else int(arguments.stop)
     elif isinstance(arguments, dict):
         yield from integers(list(arguments.values()))
     elif isinstance(arguments, tuple | list):

@@ -43,7 +43,7 @@ def decide(trace: Trace) -> Decision:
             if trusting.flow.reads(node):
                 raise UnsupportedError(
                     f"{name}: a custom autograd function over a dimension that would be split, and nothing says how "
-                    "its backward splits; write it with torch's operators, or leave the module it is in out of the model"
+                    "its backward splits; write it with torch's operators, or leave its module out of the model"
                 )
     return _decided(trace, proven_rule)
 

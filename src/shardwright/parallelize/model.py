@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from shardwright.comm.group import Group
 from shardwright.parallelize.attributes import set_own
+from shardwright.parallelize.graph import traced_model
 from shardwright.parallelize.modules import ColumnGather, CopyHook, RowSplit
 from shardwright.parallelize.partial import watch_gradients
 from shardwright.parallelize.plan import Cut, Plan
 from shardwright.parallelize.planning import Planned, plan_flow, widths
 from shardwright.parallelize.sharding import ATTRIBUTE, Sharding, refuse_split, rows
+from shardwright.parallelize.sites import parameter_of
 from shardwright.parallelize.trace import TRACING, Trace, trace
 
 
@@ -37,7 +39,11 @@ def parallelize_model(
         traced = example_inputs if isinstance(example_inputs, Trace) else trace(model, example_inputs)
         planned = plan_flow(model, traced, group.size, gather_output=gather_output)
         part = _local_copy(model, planned.plan, traced, group.rank)
-    _place(part, planned, group, gather_output=gather_output)
+    if planned.places is None:
+        part = traced_model(part, traced, planned, group, gather_output=gather_output)
+    else:
+        _place(part, planned, group, gather_output=gather_output)
+    _watch(part, planned, traced, group)
     names = {name.removeprefix("model."): first for name, first in traced.names.items()}
     setattr(part, ATTRIBUTE, Sharding(planned.plan, group, names))
     return part
@@ -76,8 +82,13 @@ def _place(part: nn.Module, planned: Planned, group: Group, *, gather_output: bo
     for path in places.inputs:
         if path not in gathered:
             part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before)
-    partial = tuple(source.parameter for chain in planned.decision.chains for source in chain.sources)
-    watch_gradients(part, cuts, (*places.shared, *partial), group)
-    for module in part.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            pass
+
+
+def _watch(part: nn.Module, planned: Planned, traced: Trace, group: Group) -> None:
+    """Sum gradients of parameters that several ranks hold and each sees its share of."""
+    flow = planned.decision.flow
+    nodes = {node.name: node for node in traced.graph.graph.nodes}
+    met = {parameter_of(traced, nodes[operand]) for _, operand in flow.findings.entries}
+    used = {source.parameter for source in flow.findings.sources}
+    cuts = {cut.parameter: cut for cut in planned.plan.cuts}
+    watch_gradients(part, cuts, frozenset(name for name in met | used if name), group)

@@ -51,7 +51,7 @@ class SumShared:
         return gradient.index_copy(dim, local, buffer.index_select(dim, places))
 
 
-def watch_gradients(model: nn.Module, cuts: dict[str, Cut], shared: tuple[str, ...], group: Group) -> None:
+def watch_gradients(model: nn.Module, cuts: dict[str, Cut], shared: frozenset[str], group: Group) -> None:
     """Register the sums on a split model's parameters."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or group.size == 1:

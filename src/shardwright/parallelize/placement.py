@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -89,6 +90,12 @@ class Placement:
         if at == 0:
             return 0
         return self.size(labels.narrow(dim, 0, at), rank)[dim]
+
+    def held_along(self, labels: Tensor, dim: int, rank: int) -> Tensor:
+        """The places along one dim of which a rank holds anything."""
+        small = compact(labels).numpy()
+        mask = (small < 0) | (self.times[np.maximum(small, 0), rank] > 0)
+        return torch.from_numpy(np.flatnonzero(mask.any(tuple(d for d in range(mask.ndim) if d != dim))))
 
     def holders(self, source: Source, at: int) -> tuple[int, ...]:
         """The ranks that hold one place."""

@@ -61,10 +61,10 @@ def sites(trace: Trace, decision: Decision) -> Sites:
     shared: dict[str, None] = {}
     for name, operand in decision.flow.findings.entries:
         outside = _outside(nodes[operand], nodes[name])
-        origin = _parameter(trace, nodes[operand])
+        origin = parameter_of(trace, nodes[operand])
         if origin is not None:
             shared[origin] = None
-        elif _differentiable(trace, outside):
+        elif differentiable(trace, outside):
             entering.setdefault(outside, []).append(nodes[name])
     outputs: dict[str, None] = {}
     inputs: dict[str, None] = {}
@@ -75,7 +75,7 @@ def sites(trace: Trace, decision: Decision) -> Sites:
             outputs[owner(source)] = None
         else:
             inputs |= dict.fromkeys(product(trace, user).path for user in users)
-    return Sites(tuple(rows), tuple(gathers), tuple(outputs), tuple(inputs), tuple(shared))
+    return Sites(_distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), tuple(shared))
 
 
 def product(trace: Trace, node: Node) -> Product:
@@ -89,14 +89,20 @@ def product(trace: Trace, node: Node) -> Product:
     while weight.op != "get_attr" and _name(weight) in ("t", "numpy_T", "transpose", "mT"):
         weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
     mine = [one for one in trace.graph.graph.nodes if one.op == "call_function" and owner(one) == path]
-    biases = {name for one in mine for name in _weights(trace, one) if name != _parameter(trace, weight)}
-    plain = all(_name(one) in (*SAME, *MOVING, "add", "_assert_tensor_metadata") or one is node for one in mine)
+    biases = {name for one in mine for name in _weights(trace, one) if name != parameter_of(trace, weight)}
+    quiet = (*SAME, *MOVING, "add", "_assert_tensor_metadata")
+    plain = all(_name(one) in quiet or (one.target is node.target and weight in one.all_input_nodes) for one in mine)
     prefix = f"model.{path}."
     if weight.op != "get_attr" or not plain or len(biases) > 1 or not str(weight.target).startswith(prefix):
         raise UnsupportedError(f"{path or 'the model'} does more than this product ({node.name}) in its own code")
     used = [str(x.target).removeprefix(prefix) for one in mine for x in one.all_input_nodes if x.op == "get_attr"]
     bias = next((name for name in used if name != str(weight.target).removeprefix(prefix)), None)
     return Product(path, node.name, str(weight.target).removeprefix(prefix), bias, transposed)
+
+
+def _distinct(products: list[Product]) -> tuple[Product, ...]:
+    """One for each module, however often it is called."""
+    return tuple({one.path: one for one in products}.values())
 
 
 def _whole_output(trace: Trace, source: Node, users: list[Node]) -> bool:
@@ -128,14 +134,14 @@ def _outside(operand: Node, user: Node) -> Node:
     return operand
 
 
-def _parameter(trace: Trace, node: Node) -> str | None:
+def parameter_of(trace: Trace, node: Node) -> str | None:
     """The parameter that a node is, or a view of."""
     while node.op == "call_function" and _name(node) in (*SAME, *MOVING) and isinstance(node.args[0], Node):
         node = node.args[0]
     return trace.names.get(str(node.target)) if node.op == "get_attr" else None
 
 
-def _differentiable(trace: Trace, node: Node) -> bool:
+def differentiable(trace: Trace, node: Node) -> bool:
     """Whether a gradient may flow into this value: it depends on a parameter or on a floating input."""
     seen, rest = set[Node](), [node]
     while rest:
@@ -153,7 +159,7 @@ def _differentiable(trace: Trace, node: Node) -> bool:
 
 
 def _weights(trace: Trace, node: Node) -> list[str]:
-    found = [_parameter(trace, one) for one in node.all_input_nodes]
+    found = [parameter_of(trace, one) for one in node.all_input_nodes]
     return [name for name in found if name is not None]
 
 

@@ -62,6 +62,7 @@ class Trace:
     modules: tuple[ModuleCall, ...]
     training: bool = False
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
@@ -94,7 +95,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[f"model.{name}"] = first.setdefault(id(parameter), name)
         dtypes[name] = str(parameter.dtype).removeprefix("torch.")
-    return Trace(graph, names, tuple(recorder.functions), tuple(recorder.calls), model.training, dtypes)
+    buffers = frozenset(f"model.{name}" for name, _ in model.named_buffers())
+    return Trace(graph, names, tuple(recorder.functions), tuple(recorder.calls), model.training, dtypes, buffers)
 
 
 class _Watched(nn.Module):
