@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shardwright.errors import UnsupportedError
-from shardwright.parallelize.constants import Wanted, constants, integers
+from shardwright.parallelize.constants import Wanted, constants
 from shardwright.parallelize.flow import Flow
 from shardwright.parallelize.placement import Placement
-from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace
+from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace, integers, on_meta
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, UnsupportedError)
 
@@ -129,8 +129,8 @@ def _alone(reach: Reach, place: Place, others: list[Reach]) -> bool:
 
 
 def _reaches(module: nn.Module, call: ModuleCall, trace: Trace) -> list[Reach]:
-    alone = _on_meta(module)
-    arguments, keywords = tree_map(_meta, call.arguments), tree_map(_meta, dict(call.keywords))
+    alone = without_data(module)
+    arguments, keywords = tree_map(on_meta, call.arguments), tree_map(on_meta, dict(call.keywords))
     first = _Replay()
     with first:
         alone(*arguments, **keywords)
@@ -185,7 +185,7 @@ class _Replay(TorchFunctionMode):
         return self.first.results[number]
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def without_data(module: nn.Module) -> nn.Module:
     """A copy without data."""
     from copy import deepcopy
 
@@ -217,10 +217,6 @@ def set_own(module: nn.Module, values: Mapping[Path, int]) -> None:
         setattr(module, name, copy(getattr(module, name)))
     for path, value in values.items():
         _assign(module, path, value)
-
-
-def _meta(x: Any) -> Any:
-    return x.meta() if isinstance(x, Like) else x
 
 
 def _shapes(call: ModuleCall) -> tuple[Any, ...]:

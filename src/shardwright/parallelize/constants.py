@@ -4,7 +4,7 @@ A constant's place is its position among all integers of the call's arguments; w
 of what the call reads and makes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -13,28 +13,9 @@ from torch.fx import Node
 from shardwright.parallelize.flow import Flow, named, shape_of
 from shardwright.parallelize.labels import Parameter
 from shardwright.parallelize.placement import Placement, only
-
-END = 1 << 62
-"""Slices to the end carry a larger number than any size."""
+from shardwright.parallelize.trace import END
 
 Wanted = Callable[[Placement, int], int]
-
-
-def integers(arguments: Any) -> Iterator[int]:
-    """All integers of a call's arguments in order, those in lists too; two of a slice that is not the whole dim."""
-    if isinstance(arguments, bool):
-        return
-    if isinstance(arguments, int):
-        yield arguments
-    elif isinstance(arguments, slice):
-        if arguments != slice(None):
-            yield 0 if arguments.start is None else int(arguments.start)
-            yield END if arguments.stop is None else int(arguments.stop)
-    elif isinstance(arguments, dict):
-        yield from integers(list(arguments.values()))
-    elif isinstance(arguments, tuple | list):
-        for one in arguments:
-            yield from integers(one)
 
 
 def constants(flow: Flow, node: Node) -> dict[int, tuple[int, Wanted]]:
@@ -49,6 +30,9 @@ def constants(flow: Flow, node: Node) -> dict[int, tuple[int, Wanted]]:
     if name == "unflatten" and made is not None:
         dim = given[1] % len(shape_of(given[0]))
         return {1 + at: (n, _size(made, dim + at)) for at, n in enumerate(given[2]) if n != -1}
+    if name == "repeat_interleave" and made is not None and read is not None and isinstance(given[1], int):
+        dim = given[2] % made.dim()
+        return {0: (given[1], lambda p, r: p.size(made, r)[dim] // max(1, p.size(read, r)[dim]))}
     if name in ("split", "split_with_sizes"):
         outs = flow.values[node]
         if outs is None or outs[0] is None:

@@ -92,10 +92,10 @@ def traced_model(part: nn.Module, trace: Trace, planned: Planned, group: Group, 
             whole = _after(program, nodes[name], Collective("gather", group, name, dim, widths))
             output = next(iter(reversed(program.graph.nodes)))
             output.replace_input_with(nodes[name], whole)
-    whole = TracedModel(part, program)
+    traced = TracedModel(part, program)
     program.graph.lint()
     program.recompile()
-    return whole
+    return traced
 
 
 def _copied(trace: Trace) -> GraphModule:

@@ -4,17 +4,22 @@ The plan is made from a trace, which knows no group (`trace`, `decide`, `plannin
 """
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from shardwright.comm.group import Group
-from shardwright.parallelize.attributes import set_own
-from shardwright.parallelize.graph import traced_model
+from shardwright.comm.planned import PlannedGroup
+from shardwright.errors import UnsupportedError
+from shardwright.layers.dropout import Dropout
+from shardwright.parallelize.attributes import set_own, without_data
+from shardwright.parallelize.graph import places_of, traced_model
 from shardwright.parallelize.modules import ColumnGather, CopyHook, RowSplit
 from shardwright.parallelize.partial import watch_gradients
 from shardwright.parallelize.plan import Cut, Plan
-from shardwright.parallelize.planning import Planned, plan_flow, widths
+from shardwright.parallelize.planning import Planned, own_demands, plan_flow, widths
+from shardwright.parallelize.rehearsal import rehearse
 from shardwright.parallelize.sharding import ATTRIBUTE, Sharding, refuse_split, rows
 from shardwright.parallelize.sites import parameter_of
 from shardwright.parallelize.trace import TRACING, Trace, trace
@@ -37,16 +42,39 @@ def parallelize_model(
     refuse_split(model)
     with TRACING:
         traced = example_inputs if isinstance(example_inputs, Trace) else trace(model, example_inputs)
-        planned = plan_flow(model, traced, group.size, gather_output=gather_output)
+        planned = make_plan(model, traced, group.size, gather_output=gather_output)
         part = _local_copy(model, planned.plan, traced, group.rank)
     if planned.places is None:
         part = traced_model(part, traced, planned, group, gather_output=gather_output)
     else:
         _place(part, planned, group, gather_output=gather_output)
+        _hook(part, planned, group)
     _watch(part, planned, traced, group)
     names = {name.removeprefix("model."): first for name, first in traced.names.items()}
     setattr(part, ATTRIBUTE, Sharding(planned.plan, group, names))
     return part
+
+
+def make_plan(model: nn.Module, traced: Trace, ranks: int, *, gather_output: bool = True) -> Planned:
+    """The plan for so many ranks, each rank's part of it rehearsed."""
+    planned = plan_flow(model, traced, ranks, gather_output=gather_output)
+    if planned.places is None or ranks == 1:
+        return planned
+    demanded = own_demands(traced, planned.decision, planned.places)
+    bare = without_data(model)
+    seen = set()
+    for rank in range(ranks):
+        sizes = tuple((want(planned.placement, rank)) for found in demanded.values() for _, want in found.values())
+        if sizes in seen:
+            continue
+        seen.add(sizes)
+        part = _local_copy(bare, planned.plan, traced, rank)
+        _place(part, planned, PlannedGroup(rank, ranks), gather_output=gather_output)
+        try:
+            rehearse(part, traced, demanded, planned.placement, rank)
+        except UnsupportedError as error:
+            return replace(planned, plan=replace(planned.plan, runs=str(error), settings={}), places=None)
+    return planned
 
 
 def _local_copy(model: nn.Module, plan: Plan, traced: Trace, rank: int) -> nn.Module:
@@ -76,6 +104,17 @@ def _place(part: nn.Module, planned: Planned, group: Group, *, gather_output: bo
         cut = cuts[f"{product.path}.{product.weight}"]
         new = ColumnGather(part.get_submodule(product.path), product, group, widths(cut) if gather_output else None)
         part.set_submodule(product.path, new)
+    for path, module in list(part.named_modules()):
+        if isinstance(module, nn.Dropout):
+            labels = planned.dropouts.get(path)
+            dropout = Dropout(module.p, path, places=places_of(labels, planned.placement, group.rank))
+            part.set_submodule(path, dropout.train(module.training))
+
+
+def _hook(part: nn.Module, planned: Planned, group: Group) -> None:
+    """Sum gradients where a value that every rank holds enters a chain."""
+    places = planned.places
+    assert places is not None
     gathered = {product.path for product in places.gathers}
     for path in places.outputs:
         part.get_submodule(path).register_forward_hook(CopyHook(group, path).after)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
 from shardwright.layout.partition import Range
-from shardwright.parallelize.attributes import Settings, demands, solve
+from shardwright.parallelize.attributes import Demands, Settings, demands, owner, solve
 from shardwright.parallelize.chains import Chain
 from shardwright.parallelize.decide import Decision, decide
 from shardwright.parallelize.flow import shape_of
@@ -28,6 +28,7 @@ class Planned:
     placement: Placement
     places: Sites | None
     settings: Settings
+    dropouts: dict[str, Tensor]
 
 
 def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool = True) -> Planned:
@@ -37,7 +38,7 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
     runs, places, settings = MODULES, None, {}
     try:
         places = sites(trace, decision)
-        settings = solve(model, trace, demands(trace, decision.flow), placement)
+        settings = solve(model, trace, own_demands(trace, decision, places), placement)
     except UnsupportedError as error:
         runs = str(error)
     plan = Plan(
@@ -50,7 +51,18 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         placement.indexed,
         runs,
     )
-    return Planned(plan, decision, placement, places, settings)
+    dropouts = {
+        owner(node): decision.flow.values[node]
+        for node in trace.graph.graph.nodes
+        if str(node.target) == "aten.dropout.default" and decision.flow.values[node] is not None
+    }
+    return Planned(plan, decision, placement, places, settings, dropouts)
+
+
+def own_demands(trace: Trace, decision: Decision, places: Sites) -> dict[str, Demands]:
+    """The constants in code that stays: not in modules that are replaced."""
+    replaced = {product.path for product in (*places.rows, *places.gathers)}
+    return {path: found for path, found in demands(trace, decision.flow).items() if path not in replaced}
 
 
 def _cuts(decision: Decision, placement: Placement, trace: Trace) -> tuple[Cut, ...]:

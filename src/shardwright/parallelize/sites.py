@@ -88,10 +88,12 @@ def product(trace: Trace, node: Node) -> Product:
     transposed = _name(node) in ("addmm", "matmul", "mm")
     while weight.op != "get_attr" and _name(weight) in ("t", "numpy_T", "transpose", "mT"):
         weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
+    name = parameter_of(trace, weight)
     mine = [one for one in trace.graph.graph.nodes if one.op == "call_function" and owner(one) == path]
-    biases = {name for one in mine for name in _weights(trace, one) if name != parameter_of(trace, weight)}
+    biases = {found for one in mine for found in _weights(trace, one) if found != name}
     quiet = (*SAME, *MOVING, "add", "_assert_tensor_metadata")
-    plain = all(_name(one) in quiet or (one.target is node.target and weight in one.all_input_nodes) for one in mine)
+    again = {one for one in mine if one.target is node.target and parameter_of(trace, one.args[weight_at]) == name}
+    plain = all(_name(one) in quiet or one in again for one in mine)
     prefix = f"model.{path}."
     if weight.op != "get_attr" or not plain or len(biases) > 1 or not str(weight.target).startswith(prefix):
         raise UnsupportedError(f"{path or 'the model'} does more than this product ({node.name}) in its own code")

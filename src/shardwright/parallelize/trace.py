@@ -7,7 +7,7 @@ the nodes it makes carry its number, so that what the Python says (integers in r
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
@@ -22,6 +22,9 @@ from shardwright.errors import UnsupportedError, UsageError
 
 LOOKS = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "requires_grad_")
 """Torch calls that compute nothing; how often a model asks may differ between tracing and running."""
+
+END = 1 << 62
+"""Slices to the end carry a larger number than any size."""
 
 TRACING = RLock()
 """Tracing changes interpreter-wide state, and ranks may be threads."""
@@ -50,19 +53,53 @@ class ModuleCall:
     keywords: Mapping[str, Any]
 
 
+Own = tuple[str, tuple[int, ...], int]
+"""One torch call: function, the integers of its arguments, number."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """functions: names of the torch calls of a run, in order · integers: those of each one's arguments · modules."""
+
+    functions: tuple[str, ...]
+    integers: tuple[tuple[int, ...], ...]
+    modules: tuple[ModuleCall, ...]
+
+    def times(self, path: str) -> int:
+        """How often a module was called."""
+        return sum(one.path == path for one in self.modules)
+
+    def own(self, path: str) -> list[Own]:
+        """What a module's own code called, submodules' calls left out."""
+        mine = [one for one in self.modules if one.path == path]
+        inner = [one for one in self.modules if one.path.startswith(f"{path}." if path else "") and one.path != path]
+        inside = {number for one in inner for number in range(one.start, one.stop)}
+        numbers = [n for one in mine for n in range(one.start, one.stop) if n not in inside]
+        return [(self.functions[n], self.integers[n], n) for n in numbers]
+
+
 @dataclass(frozen=True)
 class Trace:
-    """graph: the model as one graph, its attributes under the model's own names · names: each parameter's name → its
-    first name, where weights are tied · functions: the torch calls in order · modules: the calls of submodules.
+    """graph: the model as one graph, its attributes under `model.` and their own names · names: each parameter's name
+    there → its first name in the model, so that tied weights are one · calls: torch calls in order, and submodules'.
     """
 
     graph: GraphModule
     names: Mapping[str, str]
-    functions: tuple[str, ...]
-    modules: tuple[ModuleCall, ...]
-    training: bool = False
-    dtypes: Mapping[str, str] = field(default_factory=dict)
-    buffers: frozenset[str] = frozenset()
+    calls: Calls
+    inputs: tuple[Any, Mapping[str, Any]]
+    dtypes: Mapping[str, str]
+    buffers: frozenset[str]
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of the torch calls, in order."""
+        return self.calls.functions
+
+    @property
+    def modules(self) -> tuple[ModuleCall, ...]:
+        """The calls of submodules, in the order in which they ended."""
+        return self.calls.modules
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
@@ -79,7 +116,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
 
     refuse_split(model)
     arguments, keywords = _inputs(model, example_inputs)
-    recorder = _Recorder()
+    recorder = Recorder()
     with TRACING, _fast_path_off(), fx_traceback.preserve_node_meta(), recorder.watching(model), torch.enable_grad():
         try:
             exported = torch.export.export(_Watched(model, recorder), arguments, keywords, strict=False)
@@ -96,13 +133,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
         names[f"model.{name}"] = first.setdefault(id(parameter), name)
         dtypes[name] = str(parameter.dtype).removeprefix("torch.")
     buffers = frozenset(f"model.{name}" for name, _ in model.named_buffers())
-    return Trace(graph, names, tuple(recorder.functions), tuple(recorder.calls), model.training, dtypes, buffers)
+    return Trace(graph, names, recorder.record(), tree_map(_like, (arguments, keywords)), dtypes, buffers)
 
 
 class _Watched(nn.Module):
     """The model, with every torch call of its Python seen by the recorder."""
 
-    def __init__(self, model: nn.Module, recorder: "_Recorder") -> None:
+    def __init__(self, model: nn.Module, recorder: "Recorder") -> None:
         super().__init__()
         self.model, self.recorder = model, recorder
 
@@ -112,13 +149,18 @@ class _Watched(nn.Module):
             return self.model(*arguments, **keywords)
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Numbers torch calls; each node of the graph carries the number of the call that made it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.functions: list[str] = []
+        self.integers: list[tuple[int, ...]] = []
         self.calls: list[ModuleCall] = []
+
+    def record(self) -> Calls:
+        """What was seen."""
+        return Calls(tuple(self.functions), tuple(self.integers), tuple(self.calls))
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it under its number."""
@@ -127,6 +169,7 @@ class _Recorder(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         number = len(self.functions)
         self.functions.append(name)
+        self.integers.append(tuple(integers((args, kwargs or {}))))
         with fx_traceback.annotate({"call": number}):
             return function(*args, **(kwargs or {}))
 
@@ -165,8 +208,30 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
 
+def on_meta(x: Any) -> Any:
+    """A tensor for what stands for one."""
+    return x.meta() if isinstance(x, Like) else x
+
+
 def _like(x: Any) -> Any:
     return Like(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x
+
+
+def integers(arguments: Any) -> Iterator[int]:
+    """All integers of a call's arguments in order, those in lists too; two of a slice that is not the whole dim."""
+    if isinstance(arguments, bool):
+        return
+    if isinstance(arguments, int):
+        yield arguments
+    elif isinstance(arguments, slice):
+        if arguments != slice(None):
+            yield 0 if arguments.start is None else int(arguments.start)
+            yield END if arguments.stop is None else int(arguments.stop)
+    elif isinstance(arguments, dict):
+        yield from integers(list(arguments.values()))
+    elif isinstance(arguments, tuple | list):
+        for one in arguments:
+            yield from integers(one)
 
 
 @contextmanager
