@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from shardwright.layers.vocab import VocabParallelEmbedding, VocabParallelHead
     from shardwright.layout.partition import Partition
     from shardwright.layout.tensors import merge_tensors, split_tensor
+    from shardwright.parallelize.model import parallelize_model
     from shardwright.parallelize.replace import replace_matmul_all_reduce
+    from shardwright.parallelize.sharding import full_state_dict, load_full_state_dict
+    from shardwright.parallelize.trace import trace
 
 __version__ = "0.1.0"
 
@@ -44,13 +47,17 @@ _HOMES = {
     "VocabParallelEmbedding": "layers.vocab",
     "VocabParallelHead": "layers.vocab",
     "all_gather_matmul": "kernels.siblings",
+    "full_state_dict": "parallelize.sharding",
+    "load_full_state_dict": "parallelize.sharding",
     "matmul_all_reduce": "kernels.matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm": "kernels.siblings",
     "matmul_reduce_scatter": "kernels.siblings",
     "merge_tensors": "layout.tensors",
     "pack_dequant_scale": "kernels.quant",
+    "parallelize_model": "parallelize.model",
     "replace_matmul_all_reduce": "parallelize.replace",
     "split_tensor": "layout.tensors",
+    "trace": "parallelize.trace",
 }
 """Where each public name lives."""
 
@@ -69,13 +76,17 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "all_gather_matmul",
+    "full_state_dict",
+    "load_full_state_dict",
     "matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm",
     "matmul_reduce_scatter",
     "merge_tensors",
     "pack_dequant_scale",
+    "parallelize_model",
     "replace_matmul_all_reduce",
     "split_tensor",
+    "trace",
 ]
 
 

@@ -47,8 +47,10 @@ def check_against_twin(group: Group, model: nn.Module, traced: Trace, inputs: An
     recording = RecordingGroup(group)
     part = parallelize_model(model, recording, traced)
     plan = sharding_of(part).plan
+    training = part.training
     with torch.no_grad():
-        call(part, inputs)
+        call(part.eval(), inputs)
+    part.train(training)
     assert [(one.op, one.bytes) for one in recording.calls] == [(m.op, m.bytes[group.rank]) for m in plan.moves]
     for step, (got, want) in enumerate(zip(train(part, inputs), expected, strict=True)):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda m, s=step: f"step {s}: {m}")

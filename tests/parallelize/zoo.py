@@ -32,7 +32,8 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         hf.FalconConfig(**HEADS, hidden_size=24, num_hidden_layers=2, multi_query=True, parallel_attn=True, bias=False)
     ),
     "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(d_model=24, d_kv=4, d_ff=44, num_layers=2, num_heads=6, vocab_size=53, dropout_rate=0.0)
+        hf.T5Config(d_model=24, d_kv=4, d_ff=44, num_layers=2, num_heads=6, vocab_size=53, dropout_rate=0.0,
+                    decoder_start_token_id=0)
     ),
     "bert": lambda: hf.BertForMaskedLM(
         hf.BertConfig(**HEADS, **NO_DROPOUT, hidden_size=24, intermediate_size=44, num_hidden_layers=2)

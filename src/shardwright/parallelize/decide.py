@@ -63,13 +63,12 @@ def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
     nodes = {node.name: node for node in trace.graph.graph.nodes}
     chosen: list[Chain] = []
     taken: Dims = set()
-    for chain in sorted((c for c in chains if c.granules), key=lambda chain: _price(chain, flow, nodes)):
+    for chain in sorted((c for c in chains if c.granules), key=lambda chain: _price(chain, trace, nodes)):
         reason = _reluctance(chain, nodes)
         if not reason and (clash := {name for name, _ in taken} & set(chain.parameters)):
             reason = f"{min(clash)} is cut along its other dim, which moves less"
         if reason:
-            for name in chain.parameters:
-                whole.setdefault(name, reason)
+            whole |= dict.fromkeys(chain.parameters, reason)
             continue
         chosen.append(chain)
         taken |= _dims(chain)
@@ -91,20 +90,10 @@ def _dims(chain: Chain) -> Dims:
     return {(source.parameter, source.dim) for source in chain.sources}
 
 
-def _price(chain: Chain, flow: Flow, nodes: dict[str, Node]) -> float:
+def _price(chain: Chain, trace: Trace, nodes: dict[str, Node]) -> float:
     """Elements moved a forward for each element that is split."""
     moved = sum(prod(shape_of(nodes[name])) for name in (*chain.consumers, *chain.exits))
-    sizes = {flow_name: prod(shape) for flow_name, shape in _shapes(flow).items()}
-    return moved / max(1, sum(sizes.get(name, 0) for name in chain.parameters))
-
-
-def _shapes(flow: Flow) -> dict[str, tuple[int, ...]]:
-    graph = flow.module.graph
-    return {
-        flow.names[str(node.target)]: shape_of(node)
-        for node in graph.nodes
-        if node.op == "get_attr" and str(node.target) in flow.names
-    }
+    return moved / max(1, sum(prod(trace.shapes[name]) for name in chain.parameters))
 
 
 def _reluctance(chain: Chain, nodes: dict[str, Node]) -> str:

@@ -37,14 +37,51 @@ class _Product(nn.Module):
 
 
 @final
+class Carried:
+    """A partial sum on its way from the module that made it to the one whose all-reduce carries it."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor | None:
+        """It, once."""
+        value, self.value = self.value, None
+        return value
+
+
+@final
 class RowSplit(_Product):
-    """`x_r [..., I_r]` → `y [..., O]`, alike on every rank: one all-reduce; the bias is added once, after it."""
+    """`x_r [..., I_r]` → `y [..., O]`, alike on every rank: one all-reduce; the bias is added once, after it.
+
+    carried: a partial sum that the model adds to this one; the same all-reduce sums both.
+    """
+
+    def __init__(self, old: nn.Module, product: Product, group: Group, carried: Carried | None = None) -> None:
+        super().__init__(old, product, group)
+        self.carried = carried
 
     def forward(self, x: Tensor) -> Tensor:
-        """`all_reduce(x_r @ w_r) + b`."""
+        """`all_reduce(x_r @ w_r + carried) + b`."""
         flat = x if x.dim() in (2, 3) else x.flatten(0, -2) if x.dim() > 3 else x[None]
-        y = matmul_all_reduce(flat, self._weight(), self.group, tag=self.tag)
+        also = None if self.carried is None else self.carried.take()
+        also = None if also is None else also.view(*flat.shape[:-1], -1)
+        y = matmul_all_reduce(flat, self._weight(), self.group, x3=also, tag=self.tag)
         return self._biased(y.view(*x.shape[:-1], y.shape[-1]))
+
+
+@final
+class RowDeferred(_Product):
+    """A row-parallel product that is added to a later one: its partial sum goes there, and what it gives is zeros."""
+
+    def __init__(self, old: nn.Module, product: Product, group: Group, carried: Carried) -> None:
+        super().__init__(old, product, group)
+        self.carried = carried
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`0 + b`; `x_r @ w_r` is carried."""
+        y = x @ self._weight()
+        self.carried.value = y
+        return self._biased(y.new_zeros(()).expand_as(y))
 
 
 @final

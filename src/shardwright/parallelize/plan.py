@@ -1,6 +1,7 @@
 """The plan: what is cut, what moves in a forward, what stays whole and why. Plain data, printed and saved as JSON."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -78,7 +79,11 @@ class Plan:
             + (f"…{max(total):,}" if min(total) != max(total) else "")
             + f" bytes a rank in {len(self.moves)} collectives"
         ]
-        lines += [f"  split   {chain}" for chain in self.chains]
+        alike: dict[str, list[str]] = {}
+        for chain in self.chains:
+            alike.setdefault(re.sub(r"\d+", "*", chain), []).append(chain)
+        for first, *others in alike.values():
+            lines.append(f"  split   {first}" + (f"; and {len(others)} more like it" if others else ""))
         for op, count in Counter(move.op for move in self.moves).items():
             lines.append(f"  moves   {count} {op}: " + _some([move.at for move in self.moves if move.op == op]))
         for reason in dict.fromkeys(self.whole.values()):

@@ -12,7 +12,6 @@ from shardwright.layout.partition import Range
 from shardwright.parallelize.attributes import Demands, Settings, demands, owner, solve
 from shardwright.parallelize.chains import Chain
 from shardwright.parallelize.decide import Decision, decide
-from shardwright.parallelize.flow import shape_of
 from shardwright.parallelize.placement import Placement, ranges
 from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
 from shardwright.parallelize.sites import Sites, sites
@@ -41,11 +40,12 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         settings = solve(model, trace, own_demands(trace, decision, places), placement)
     except UnsupportedError as error:
         runs = str(error)
+    carried = set(places.together) if places else set()
     plan = Plan(
         ranks,
         tuple(_described(chain, trace) for chain in decision.chains),
         _cuts(decision, placement, trace),
-        tuple(_moves(decision, placement, trace, gather_output=gather_output)),
+        tuple(_moves(decision, placement, trace, carried, gather_output=gather_output)),
         decision.whole,
         {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
         placement.indexed,
@@ -66,23 +66,24 @@ def own_demands(trace: Trace, decision: Decision, places: Sites) -> dict[str, De
 
 
 def _cuts(decision: Decision, placement: Placement, trace: Trace) -> tuple[Cut, ...]:
-    shapes = _shapes(trace)
     found = []
     for chain in decision.chains:
         for source in chain.sources:
             held = tuple(ranges(placement.rows(source, rank)) for rank in range(placement.ranks))
             everywhere: tuple[Range, ...] = ((0, source.size),)
             if any(mine != everywhere for mine in held) or placement.ranks == 1:
-                size = _bytes(trace.dtypes[source.parameter])
-                found.append(Cut(source.parameter, shapes[source.parameter], source.dim, held, size))
+                size = trace.bytes_of(source.parameter)
+                found.append(Cut(source.parameter, trace.shapes[source.parameter], source.dim, held, size))
     return tuple(found)
 
 
-def _moves(decision: Decision, placement: Placement, trace: Trace, *, gather_output: bool) -> list[Move]:
+def _moves(
+    decision: Decision, placement: Placement, trace: Trace, carried: set[str], *, gather_output: bool
+) -> list[Move]:
     nodes: dict[str, Node] = {node.name: node for node in trace.graph.graph.nodes}
     moves = []
     for chain in decision.chains:
-        for name in chain.consumers:
+        for name in (one for one in chain.consumers if one not in carried):
             value = nodes[name].meta["val"]
             moves.append(Move("all_reduce", name, (value.numel() * value.element_size(),) * placement.ranks))
         for name in chain.exits if gather_output else ():
@@ -100,20 +101,6 @@ def _described(chain: Chain, trace: Trace) -> str:
     names = ", ".join(f"{name} (dim {dim})" for name, dim in dims.items())
     end = f"summed in {', '.join(chain.consumers)}" if chain.consumers else f"gathered from {', '.join(chain.exits)}"
     return f"{len(chain.granules)} parts: {names}; {end}"
-
-
-def _shapes(trace: Trace) -> dict[str, tuple[int, ...]]:
-    return {
-        trace.names[str(node.target)]: shape_of(node)
-        for node in trace.graph.graph.nodes
-        if node.op == "get_attr" and str(node.target) in trace.names
-    }
-
-
-def _bytes(dtype: str) -> int:
-    import torch
-
-    return torch.empty((), dtype=getattr(torch, dtype)).element_size()
 
 
 def widths(cut: Cut) -> Sequence[int]:

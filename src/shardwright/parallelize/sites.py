@@ -33,7 +33,8 @@ class Product:
 @dataclass(frozen=True)
 class Sites:
     """rows: modules that end a chain · gathers: modules whose output is gathered · outputs: modules whose output enters
-    chains · inputs: modules whose input does · shared: parameters, whole on every rank, with partial gradients.
+    chains · inputs: modules whose input does · shared: parameters, whole on every rank, with partial gradients ·
+    together: node → the later node with which it is added at once, so that one all-reduce carries both.
     """
 
     rows: tuple[Product, ...]
@@ -41,6 +42,7 @@ class Sites:
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
     shared: tuple[str, ...]
+    together: dict[str, str]
 
 
 def sites(trace: Trace, decision: Decision) -> Sites:
@@ -75,7 +77,9 @@ def sites(trace: Trace, decision: Decision) -> Sites:
             outputs[owner(source)] = None
         else:
             inputs |= dict.fromkeys(product(trace, user).path for user in users)
-    return Sites(_distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), tuple(shared))
+    return Sites(
+        _distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), tuple(shared), _together(nodes, decision)
+    )
 
 
 def product(trace: Trace, node: Node) -> Product:
@@ -94,17 +98,49 @@ def product(trace: Trace, node: Node) -> Product:
     quiet = (*SAME, *MOVING, "add", "_assert_tensor_metadata")
     again = {one for one in mine if one.target is node.target and parameter_of(trace, one.args[weight_at]) == name}
     plain = all(_name(one) in quiet or one in again for one in mine)
-    prefix = f"model.{path}."
-    if weight.op != "get_attr" or not plain or len(biases) > 1 or not str(weight.target).startswith(prefix):
+    prefix = inside(path)
+    here = [(full.removeprefix(prefix), first) for full, first in trace.names.items() if full.startswith(prefix)]
+    held = {first: local for local, first in here if "." not in local}
+    if weight.op != "get_attr" or not plain or len(biases) > 1 or name not in held or not biases <= held.keys():
         raise UnsupportedError(f"{path or 'the model'} does more than this product ({node.name}) in its own code")
-    used = [str(x.target).removeprefix(prefix) for one in mine for x in one.all_input_nodes if x.op == "get_attr"]
-    bias = next((name for name in used if name != str(weight.target).removeprefix(prefix)), None)
-    return Product(path, node.name, str(weight.target).removeprefix(prefix), bias, transposed)
+    bias = held[biases.pop()] if biases else None
+    return Product(path, node.name, held[name], bias, transposed)
+
+
+def _together(nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
+    """Sums over ranks that the model adds to each other and uses nowhere else (parallel blocks of one norm)."""
+    consumers = {nodes[name] for chain in decision.chains for name in chain.consumers}
+    found: dict[str, str] = {}
+    for first in consumers:
+        end = _until_added(first)
+        if end is None:
+            continue
+        others = [one for one in consumers if one is not first and _until_added(one) is end]
+        if len(others) == 1 and first < others[0] and first.meta["val"].shape == others[0].meta["val"].shape:
+            found[first.name] = others[0].name
+    return found
+
+
+def _until_added(node: Node) -> Node | None:
+    """The addition that is the only use of a value, or of what merely passes it on."""
+    passing = ("alias", "contiguous", "clone", "to", "view", "reshape")
+    while len(uses := _uses(node)) == 1:
+        if _name(uses[0]) in ("add", "add_") and not uses[0].kwargs:
+            return uses[0]
+        if _name(uses[0]) not in passing:
+            return None
+        node = uses[0]
+    return None
 
 
 def _distinct(products: list[Product]) -> tuple[Product, ...]:
     """One for each module, however often it is called."""
     return tuple({one.path: one for one in products}.values())
+
+
+def inside(path: str) -> str:
+    """What the names in the trace of all that a module holds begin with."""
+    return f"model.{path}." if path else "model."
 
 
 def _whole_output(trace: Trace, source: Node, users: list[Node]) -> bool:

@@ -89,7 +89,12 @@ class Trace:
     calls: Calls
     inputs: tuple[Any, Mapping[str, Any]]
     dtypes: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
+
+    def bytes_of(self, parameter: str) -> int:
+        """Bytes of one element of a parameter."""
+        return int(getattr(torch, self.dtypes[parameter]).itemsize)
 
     @property
     def functions(self) -> tuple[str, ...]:
@@ -129,11 +134,12 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     names: dict[str, str] = {}
     first: dict[int, str] = {}
     dtypes: dict[str, str] = {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[f"model.{name}"] = first.setdefault(id(parameter), name)
         dtypes[name] = str(parameter.dtype).removeprefix("torch.")
     buffers = frozenset(f"model.{name}" for name, _ in model.named_buffers())
-    return Trace(graph, names, recorder.record(), tree_map(_like, (arguments, keywords)), dtypes, buffers)
+    return Trace(graph, names, recorder.record(), tree_map(_like, (arguments, keywords)), dtypes, shapes, buffers)
 
 
 class _Watched(nn.Module):
