@@ -24,6 +24,22 @@ class Attention(nn.Module):
         return self.o((p @ v).transpose(1, 2).flatten(2))
 
 
+class Uneven(nn.Module):
+    """Nine query heads over three KV heads, keys and values of a head side by side, repeated by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n, self.k = 9, 3
+        self.q, self.kv, self.o = nn.Linear(24, 36), nn.Linear(24, 24), nn.Linear(36, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, s, _ = x.shape
+        q = self.q(x).view(b, s, self.n, 4).transpose(1, 2)
+        k, v = self.kv(x).view(b, s, self.k, 2, 4).permute(3, 0, 2, 1, 4)
+        k, v = (y[:, :, None].expand(b, self.k, self.n // self.k, s, 4).reshape(b, self.n, s, 4) for y in (k, v))
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Mixer(nn.Module):
     """An MLP over tokens, then one over channels."""
 
@@ -102,6 +118,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         "encoder": (encoder(), (wide,)),
         "decoder": (nn.TransformerDecoder(nn.TransformerDecoderLayer(24, 6, 44, dropout=0.0), 2), (wide, wide[:1] + 1)),
         "attention": (Attention(), (wide,)),
+        "uneven": (Uneven(), (wide,)),
         "mixer": (Mixer(), (narrow,)),
         "branching": (Branching(), (narrow,)),
         "twice": (Twice(), (narrow,)),
@@ -112,4 +129,4 @@ def build(name: str) -> tuple[nn.Module, Any]:
     return module.double(), inputs
 
 
-FOREIGN = ("encoder", "decoder", "attention", "mixer", "branching", "twice", "chained", "interleaved")
+FOREIGN = ("encoder", "decoder", "attention", "uneven", "mixer", "branching", "twice", "chained", "interleaved")

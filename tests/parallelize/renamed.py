@@ -8,7 +8,6 @@ from itertools import count
 
 from torch import nn
 
-
 KEPT = ("training", "config", "generation_config", "num_key_value_groups", "is_causal")
 """torch's own, and what transformers' attention functions read of the module they are handed."""
 

@@ -40,11 +40,19 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     ),
 }  # fmt: skip
 
+UNEVEN = {**GQA, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}
+"""Nine query heads over three KV heads: two ranks have 5 and 4, and neither has whole groups."""
+
+ZOO_UNEVEN: dict[str, Callable[[], nn.Module]] = {
+    "llama, uneven": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**UNEVEN)),
+    "phi3, uneven": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**UNEVEN)),
+}
+
 
 def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model in float64 (Mixtral's grouped product has no float64) and inputs for it, the same on every call."""
     torch.manual_seed(0)
-    model = ZOO[name]()
+    model = (ZOO | ZOO_UNEVEN)[name]()
     ids = torch.randint(3, 50, (2, 7))
     inputs: dict[str, Any] = {"input_ids": ids}
     if name == "t5":

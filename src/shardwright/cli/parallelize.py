@@ -66,7 +66,7 @@ def _model(path: Path) -> "nn.Module":
             path / "config.json", f"{config.model_type} is no language model", "pass one, or use the Python API"
         )
     with torch.device("meta"):
-        return kind.from_config(config).eval()  # type: ignore[no-any-return]
+        return kind.from_config(config).train(False)  # type: ignore[no-any-return]
 
 
 def _ids(model: "nn.Module", batch: int, sequence: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from shardwright.errors import UnsupportedError
 from shardwright.parallelize.constants import Wanted, constants
 from shardwright.parallelize.flow import Flow
 from shardwright.parallelize.placement import Placement
-from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace, integers, on_meta
+from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace, integers, on_meta, owner
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, UnsupportedError)
 
@@ -73,13 +73,6 @@ def demands(trace: Trace, flow: Flow) -> dict[str, Demands]:
                 where = (node.meta["custom"]["call"], _at(trace, node, position))
                 found.setdefault(owner(node), {})[where] = one
     return found
-
-
-def owner(node: Node) -> str:
-    """The path of the innermost module whose code made this node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return str(path).removeprefix("model").removeprefix(".")
 
 
 def _at(trace: Trace, node: Node, position: int) -> int:

@@ -145,4 +145,9 @@ def spread(labels: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _constant(x: Tensor, dim: int) -> bool:
-    return x.stride(dim) == 0 or bool((x == x.narrow(dim, 0, 1)).all())
+    if x.stride(dim) == 0:
+        return True
+    for other in range(x.dim()):
+        if x.stride(other) == 0 and x.shape[other] > 1:
+            x = x.narrow(other, 0, 1)
+    return bool((x == x.narrow(dim, 0, 1)).all())

@@ -3,7 +3,6 @@
 The plan is made from a trace, which knows no group (`trace`, `decide`, `planning`); `placing` makes the rank's module.
 """
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -91,7 +90,7 @@ def _rehearsed(model: nn.Module, traced: Trace, ranks: int, *, gather_output: bo
         try:
             rehearse(part, traced, demanded, planned.placement, rank)
         except UnsupportedError as error:
-            return replace(planned, plan=replace(planned.plan, runs=str(error), settings={}), places=None)
+            return plan_flow(model, traced, ranks, gather_output=gather_output, obstacle=str(error))
     return planned
 
 

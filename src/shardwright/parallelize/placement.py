@@ -17,7 +17,7 @@ from shardwright.errors import UnsupportedError
 from shardwright.layout.partition import Partition, Range
 from shardwright.parallelize.chains import Chain, Classes
 from shardwright.parallelize.decide import Decision
-from shardwright.parallelize.labels import Findings, Source, compact
+from shardwright.parallelize.labels import Findings, Source, compact, varying
 
 
 class Placement:
@@ -129,20 +129,25 @@ class Placement:
         old, new = first.reshape(-1).numpy(), compact(after).reshape(-1).numpy()
         index = []
         for rank in range(self.ranks):
-            mine = self.held[new, rank]
-            counts = Counter(old[mine].tolist())
+            counts = Counter(old[self.held[new, rank]].tolist())
             regular = len(set(counts.values())) <= 1
-            heads = list(dict.fromkeys(_class(self.classes, old[mine])))
-            index.append(() if regular else tuple(heads.index(one) for one in _class(self.classes, old[mine])))
+            index.append(() if regular else self._index(before, after, rank))
             if not regular and copies:
                 for label, count in counts.items():
                     self.times[self.classes.of == self.classes.of[label], rank] = count
         if any(index):
             self.indexed[name] = tuple(index)
 
-
-def _class(classes: Classes, labels: NDArray[np.int64]) -> list[int]:
-    return [int(one) for one in classes.of[labels]]
+    def _index(self, before: Tensor, after: Tensor, rank: int) -> tuple[int, ...]:
+        """For each part of a rank in order, which of its places of what was repeated it needs (query → KV head)."""
+        small = compact(after)
+        leading, *inner = varying(before)
+        for dim in inner:
+            small, before = small.narrow(dim, 0, 1), before.narrow(dim, 0, 1)
+        heads = compact(before).reshape(-1).numpy()
+        mine = [int(at) for at in np.flatnonzero(self.held[heads, rank])]
+        held = self.held[small.numpy(), rank]
+        return tuple(mine.index(int(at[leading])) for at in np.argwhere(held))
 
 
 def _owners(chain: Chain, partition: Partition) -> dict[int, int]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shardwright.comm.group import Group
 from shardwright.layers.dropout import Dropout
+from shardwright.parallelize.attention import index_attention
 from shardwright.parallelize.attributes import set_own
 from shardwright.parallelize.graph import places_of
 from shardwright.parallelize.modules import (
@@ -48,6 +49,9 @@ def place(part: nn.Module, planned: Planned, group: Group, *, gather_output: boo
     assert places is not None
     for path, values in planned.settings.items():
         set_own(part.get_submodule(path), {name: mine[group.rank] for name, mine in values.items()})
+    for path, index in planned.plan.indexed.items():
+        if index[group.rank]:
+            index_attention(part.get_submodule(path), index[group.rank])
     carried = {name: Carried() for pair in places.together.items() for name in pair}
     carried |= {first: carried[second] for first, second in places.together.items()}
     for product in places.rows:

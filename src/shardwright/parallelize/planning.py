@@ -9,13 +9,14 @@ from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
 from shardwright.layout.partition import Range
-from shardwright.parallelize.attributes import Demands, Settings, demands, owner, solve
+from shardwright.parallelize.attention import calls_the_interface
+from shardwright.parallelize.attributes import Demands, Settings, demands, solve
 from shardwright.parallelize.chains import Chain
 from shardwright.parallelize.decide import Decision, decide
 from shardwright.parallelize.placement import Placement, ranges
 from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
 from shardwright.parallelize.sites import Sites, sites
-from shardwright.parallelize.trace import Trace
+from shardwright.parallelize.trace import Trace, owner
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,22 @@ class Planned:
     dropouts: dict[str, Tensor]
 
 
-def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool = True) -> Planned:
-    """The plan that the flow of data gives."""
+def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool, obstacle: str = "") -> Planned:
+    """The plan that the flow of data gives. obstacle: why the modules' own code cannot run, if that is known."""
     decision = decide(trace)
     placement = Placement(decision, ranks)
+    indexed = _by_index(model, trace, placement)
+    if indexed:
+        placement = Placement(decision, ranks, copies=False)
     runs, places, settings = MODULES, None, {}
     try:
+        if obstacle:
+            raise UnsupportedError(obstacle)
         places = sites(trace, decision)
         settings = solve(model, trace, own_demands(trace, decision, places), placement)
     except UnsupportedError as error:
         runs = str(error)
+        placement, indexed = Placement(decision, ranks), {}
     carried = set(places.together) if places else set()
     plan = Plan(
         ranks,
@@ -48,7 +55,7 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         tuple(_moves(decision, placement, trace, carried, gather_output=gather_output)),
         decision.whole,
         {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
-        placement.indexed,
+        indexed,
         runs,
     )
     dropouts = {
@@ -57,6 +64,18 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         if str(node.target) == "aten.dropout.default" and decision.flow.values[node] is not None
     }
     return Planned(plan, decision, placement, places, settings, dropouts)
+
+
+def _by_index(model: nn.Module, trace: Trace, placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Module path → each rank's query → KV index, if every module that needs one takes it; else none does."""
+    nodes = {node.name: node for node in trace.graph.graph.nodes}
+    found: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for name, index in placement.indexed.items():
+        path = owner(nodes[name.split(".")[0]])
+        if found.setdefault(path, index) != index:
+            return {}
+    kinds = {(type(model.get_submodule(path)), index): path for path, index in found.items()}
+    return found if all(calls_the_interface(model, trace, path) for path in kinds.values()) else {}
 
 
 def own_demands(trace: Trace, decision: Decision, places: Sites) -> dict[str, Demands]:

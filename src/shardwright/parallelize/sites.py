@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
-from shardwright.parallelize.attributes import owner
 from shardwright.parallelize.decide import Decision
 from shardwright.parallelize.rules import MOVING, SAME
-from shardwright.parallelize.trace import Trace
+from shardwright.parallelize.trace import Trace, owner
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,10 @@ def product(trace: Trace, node: Node) -> Product:
     while weight.op != "get_attr" and _name(weight) in ("t", "numpy_T", "transpose", "mT"):
         weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
     name = parameter_of(trace, weight)
-    mine = [one for one in trace.graph.graph.nodes if one.op == "call_function" and owner(one) == path]
+    mine = trace.nodes_of[path]
     biases = {found for one in mine for found in _weights(trace, one) if found != name}
     quiet = (*SAME, *MOVING, "add", "_assert_tensor_metadata")
-    again = {one for one in mine if one.target is node.target and parameter_of(trace, one.args[weight_at]) == name}
+    again = {one for one in mine if one.target is node.target and _by(trace, one, weight_at) == name}
     plain = all(_name(one) in quiet or one in again for one in mine)
     prefix = inside(path)
     here = [(full.removeprefix(prefix), first) for full, first in trace.names.items() if full.startswith(prefix)]
@@ -138,6 +137,11 @@ def _distinct(products: list[Product]) -> tuple[Product, ...]:
     return tuple({one.path: one for one in products}.values())
 
 
+def _by(trace: Trace, node: Node, at: int) -> str | None:
+    weight = node.args[at]
+    return parameter_of(trace, weight) if isinstance(weight, Node) else None
+
+
 def inside(path: str) -> str:
     """What the names in the trace of all that a module holds begin with."""
     return f"model.{path}." if path else "model."
@@ -146,8 +150,8 @@ def inside(path: str) -> str:
 def _whole_output(trace: Trace, source: Node, users: list[Node]) -> bool:
     """Whether a module's output is this value, all of whose uses enter chains: one sum of gradients serves them all."""
     path = owner(source)
-    inside = [node for node in trace.graph.graph.nodes if node.op == "call_function" and _within(owner(node), path)]
-    leaving = {node for node in inside for user in _uses(node) if not _within(owner(user), path) or user.op == "output"}
+    mine = [node for at, nodes in trace.nodes_of.items() if _within(at, path) for node in nodes]
+    leaving = {node for node in mine for user in _uses(node) if not _within(owner(user), path) or user.op == "output"}
     calls = [call for call in trace.modules if call.path == path]
     reached = {end for use in _uses(source) for end in _ends(use)}
     return bool(path) and len(calls) == 1 and leaving == {source} and reached <= set(users)

@@ -8,13 +8,14 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from threading import RLock
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -91,6 +92,15 @@ class Trace:
     dtypes: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
+
+    @cached_property
+    def nodes_of(self) -> dict[str, list[Node]]:
+        """Module path → the calls in its own code."""
+        found: dict[str, list[Node]] = {}
+        for node in self.graph.graph.nodes:
+            if node.op == "call_function":
+                found.setdefault(owner(node), []).append(node)
+        return found
 
     def bytes_of(self, parameter: str) -> int:
         """Bytes of one element of a parameter."""
@@ -238,6 +248,13 @@ def integers(arguments: Any) -> Iterator[int]:
     elif isinstance(arguments, tuple | list):
         for one in arguments:
             yield from integers(one)
+
+
+def owner(node: Node) -> str:
+    """The path of the innermost module whose code made this node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return str(path).removeprefix("model").removeprefix(".")
 
 
 @contextmanager
