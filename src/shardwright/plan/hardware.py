@@ -1,0 +1,148 @@
+"""Devices, and how they are joined: from names and TOML files to `Machine`s.
+
+Decides which figure wins where several are known. Knows no model.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from shardwright.errors import FileError, UsageError
+from shardwright.plan import catalogue
+from shardwright.plan.curves import Machine
+
+PER_NODE = 8
+"""Devices that share a node's links where nobody says otherwise."""
+
+_CURVES = {f.name for f in fields(Machine)}
+_GIGA, _TERA, _GIB = 1e9, 1e12, 2**30
+
+
+@cache
+def devices() -> dict[str, dict[str, Any]]:
+    """The hardware catalogue, by short name."""
+    return catalogue.read("hardware")
+
+
+@cache
+def _constants() -> dict[str, dict[str, Any]]:
+    return catalogue.read("curves")
+
+
+@cache
+def machine(name: str) -> Machine:
+    """A device of the catalogue, in nodes of eight.
+
+    Raises:
+        UsageError: there is no such device (the near names are listed), or no figure of its memory or its rate.
+    """
+    key = catalogue.resolve(devices(), name, "device")
+    row = devices()[key]
+    constants = _curves(key, row["architecture"])
+    for figure in ("measured_bf16_tflops", "measured_fp8_tflops"):
+        kind = figure.split("_")[1]
+        if figure in row and f"gemm_{kind}" not in _constants().get(row["architecture"], {}):
+            constants[f"gemm_{kind}"] = row[figure] / row[f"{kind}_tflops"]
+    return Machine(
+        memory=row["memory_gb"] * _GIB,
+        bandwidth=row["bandwidth_gbs"] * _GIGA,
+        bf16=row["bf16_tflops"] * _TERA,
+        fp8=row.get("fp8_tflops", row["bf16_tflops"]) * _TERA,
+        processors=row["processors"],
+        intra=row["intra_gbs"] * _GIGA,
+        inter=row["inter_gbs"] * _GIGA,
+        per_node=PER_NODE,
+        **constants,
+    )
+
+
+def _curves(*tables: str) -> dict[str, Any]:
+    """Curve constants: generic, then the architecture's, then the device's own."""
+    device, architecture = tables
+    merged: dict[str, Any] = {}
+    for name in ("generic", architecture, device):
+        merged |= {key: value for key, value in _constants().get(name, {}).items() if key in _CURVES}
+    return merged
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices in rank order: one machine each, by name; equal ones in nodes of `per_node`."""
+
+    name: str
+    names: tuple[str, ...]
+    machines: tuple[Machine, ...]
+
+    @property
+    def size(self) -> int:
+        """How many devices there are."""
+        return len(self.machines)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all devices are alike."""
+        return len(set(self.machines)) == 1
+
+    @property
+    def per_node(self) -> int:
+        """Devices of a node."""
+        return int(self.machines[0].per_node)
+
+
+def parse_cluster(text: str) -> Cluster:
+    """`8xh100`, nodes × devices `4x8xa100-80`, or the path of a TOML file.
+
+    Raises:
+        UsageError: it names no device, or no number of them.
+        FileError: the file says something else than nodes, devices and figures.
+    """
+    if text.endswith(".toml"):
+        return _from_file(Path(text))
+    form = re.fullmatch(r"(?:(\d+)x)?(\d+)x(.+)", text.strip().lower())
+    if form is None:
+        form = re.fullmatch(r"()(1?)(.+)", text.strip().lower())
+    assert form is not None
+    nodes, count, name = int(form[1] or 0), int(form[2] or 1), form[3]
+    device = machine(name)
+    total = (nodes or 1) * count
+    if not 1 <= total <= 1 << 20:
+        raise UsageError("cluster", text, "a cluster has between 1 and 1,048,576 devices", "write 8xh100 or 4x8xh100")
+    per_node = count if nodes else min(PER_NODE, count)
+    key = catalogue.resolve(devices(), name, "device")
+    device = replace(device, per_node=per_node)
+    return Cluster(text, (key,) * total, (device,) * total)
+
+
+def _from_file(path: Path) -> Cluster:
+    """`[[nodes]]` with `devices = ["h100", …]` or `device` and `count`; optional `intra_gbs`, `inter_gbs`, and tables
+    `[device.NAME]` that start from a known device (`like`) and change figures of `Machine` (rates in bytes a second).
+    """
+    try:
+        said = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(path, f"it cannot be read: {error}", "write a TOML file with [[nodes]]") from None
+    own = {name.lower(): _own_device(path, name, row) for name, row in said.get("device", {}).items()}
+    names: list[str] = []
+    machines: list[Machine] = []
+    for node in said.get("nodes", []):
+        listed = node.get("devices") or [node.get("device", "")] * int(node.get("count", 1))
+        figures = {k: float(node[f"{k}_gbs"]) * _GIGA for k in ("intra", "inter") if f"{k}_gbs" in node}
+        for name in listed:
+            device = own.get(name.lower()) or machine(name)
+            names.append(name.lower())
+            machines.append(replace(device, per_node=len(listed), **figures))
+    if not machines:
+        raise FileError(path, "it has no [[nodes]] with devices", 'write [[nodes]] and devices = ["h100", "h100"]')
+    return Cluster(str(path), tuple(names), tuple(machines))
+
+
+def _own_device(path: Path, name: str, row: dict[str, Any]) -> Machine:
+    figures = {key: value for key, value in row.items() if key not in ("like", "source")}
+    unknown = sorted(set(figures) - _CURVES)
+    if unknown or "like" not in row:
+        problem = f"device {name} has unknown figures {unknown}" if unknown else f"device {name} lacks `like`"
+        raise FileError(path, problem, f'start from a known device with like = "h100"; figures are {sorted(_CURVES)}')
+    return replace(machine(row["like"]), **figures)

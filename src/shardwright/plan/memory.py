@@ -1,0 +1,115 @@
+"""Bytes a rank holds at the worst moment of a training step, by kind and by pipeline stage.
+
+Decides what lives at once. Formulas of activations: Korthikanti et al. 2022, with the pieces named. Knows no device.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardwright.plan import work
+from shardwright.plan.blocks import Blocks
+from shardwright.plan.quantities import Floats
+from shardwright.plan.step import Scene
+
+LOGIT_BYTES = 12
+"""Of one logit while the loss is taken: bf16, its float32 copy, and a gradient of each."""
+
+SCORE_BYTES = 5
+"""Of one score of unfused attention: softmax in, out, and a dropout mask (Korthikanti et al. 2022, section 4.1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes by kind on one rank."""
+
+    weights: Floats
+    gradients: Floats
+    optimiser: Floats
+    activations: Floats
+    logits: Floats
+    buffers: Floats
+    slack: Floats
+
+    @property
+    def total(self) -> Floats:
+        """All kinds together."""
+        return sum(self.__dict__.values())
+
+
+def held(scene: Scene, stage: Floats) -> Memory:
+    """What a rank of that pipeline stage holds, 0 the first."""
+    split, software = scene.split, scene.software
+    parameters, layers = stage_parameters(scene.blocks, split.tp, split.pp, stage)
+    everyone = split.dp * split.cp
+    of_weights = np.where(split.zero >= 3, everyone, 1)
+    of_gradients = np.where(split.zero >= 2, everyone, 1)
+    of_optimiser = np.where(split.zero >= 1, everyone, 1)
+    tokens = split.micro_batch * scene.training.sequence / split.cp
+    share = work.busiest(scene.blocks, split.tp)
+    activations = _activations(scene, share, tokens, layers, stage)
+    last = stage == split.pp - 1
+    return Memory(
+        weights=software.weight_bytes * parameters / of_weights,
+        gradients=software.held_gradient_bytes * parameters / of_gradients,
+        optimiser=software.optimiser_bytes * parameters / of_optimiser,
+        activations=activations,
+        logits=np.where(last, LOGIT_BYTES * tokens * share.vocabulary, 0.0),
+        buffers=software.reserved + _gathered(scene),
+        slack=software.slack * activations,
+    )
+
+
+def worst(scene: Scene) -> Memory:
+    """The fullest stage's: the first holds most activations, the last the logits."""
+    first, last = held(scene, 0 * scene.split.pp), held(scene, scene.split.pp - 1)
+    fuller = last.total > first.total
+    return Memory(**{kind: np.where(fuller, last.__dict__[kind], first.__dict__[kind]) for kind in first.__dict__})
+
+
+def stage_parameters(blocks: Blocks, tp: Floats, pp: Floats, stage: Floats) -> tuple[Floats, Floats]:
+    """Parameters of one rank of a stage, and its layers; stages that cannot be equal leave the ends shorter."""
+    base, extra = blocks.layers // pp, blocks.layers % pp
+    inner = (stage > 0) & (stage < pp - 1)
+    room = np.maximum(pp - 2, 0)
+    middle = base + np.where(extra >= room, 1, (stage <= extra) * 1) * (extra > 0)
+    ends = base + np.where((stage == 0) & (extra > room), 1, 0) + np.where((stage == pp - 1) & (extra > room + 1), 1, 0)
+    layers = np.where(pp == 1, blocks.layers, np.where(inner, middle, ends))
+    table = blocks.vocabulary * blocks.hidden
+    ends_held = np.where(pp == 1, blocks.end_parameters, np.where(inner, 0, table))
+    return (layers * blocks.layer_parameters + ends_held) / tp, layers
+
+
+def layer_activations(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats, Floats]:
+    """Bytes a layer keeps for its backward: in all, of them its input, and of them the scores of unfused attention."""
+    split, dropout = scene.split, scene.software.dropout
+    sharded = np.where(split.sp > 0, split.tp, 1)
+    whole = (8 + 2 * dropout) * share.hidden / sharded
+    inner = 2 * (2 * share.heads + 2 * share.kv_heads) * share.head_size
+    wide = 2 * (2 + share.gated) * share.feed_forward
+    scores = np.where(scene.training.flash > 0, 0.0, SCORE_BYTES * share.heads * scene.training.sequence)
+    return tokens * (whole + inner + wide + scores), tokens * 2 * share.hidden / sharded, tokens * scores
+
+
+def _activations(scene: Scene, share: work.Share, tokens: Floats, layers: Floats, stage: Floats) -> Floats:
+    split = scene.split
+    kept, entry, scores = layer_activations(scene, share, tokens)
+    selective = np.where(scene.training.flash > 0, kept * scene.software.kept, kept - scores)
+    one = np.where(split.recompute == 2, entry, np.where(split.recompute == 1, selective, kept))
+    working = np.where(split.recompute > 0, kept, 0.0)  # the layer that is being computed again
+    return in_flight(scene, stage) * layers * one + working
+
+
+def in_flight(scene: Scene, stage: Floats) -> Floats:
+    """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
+    split = scene.split
+    rounds = np.maximum(scene.training.global_batch / (split.dp * split.micro_batch), 1)
+    plain = np.minimum(split.pp - stage, rounds)
+    chunks = 2 * (split.pp - 1 - stage) + (split.vpp - 1) * split.pp + 1
+    return np.where(split.vpp > 1, np.minimum(chunks / split.vpp, rounds), plain)
+
+
+def _gathered(scene: Scene) -> Floats:
+    """ZeRO-3 holds two layers' weights and one's gradients whole, while one is used and the next arrives."""
+    layer = scene.blocks.layer_parameters / scene.split.tp
+    return np.where(scene.split.zero >= 3, 2 * (2 + 1) * layer, 0.0)

@@ -1,0 +1,222 @@
+"""Seconds of one training step, by kind, from work and curves.
+
+Decides how the parts of a step follow, hide and wait for each other. Knows no catalogue and no file.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardwright.plan import curves, work
+from shardwright.plan.blocks import Blocks
+from shardwright.plan.curves import Machine
+from shardwright.plan.quantities import Floats, ceil_div
+from shardwright.plan.software import Software
+from shardwright.plan.training import Split, Training
+
+OPTIMISER_BYTES = 30
+"""Adam in mixed precision, per parameter: gradient, master, both moments read; master, moments, weight written."""
+
+
+HOST_JOIN = 4
+"""How host and device limit a layer together: p of a p-norm, since neither is steady from layer to layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Everything a step depends on."""
+
+    blocks: Blocks
+    training: Training
+    split: Split
+    machine: Machine
+    software: Software
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Seconds of a step by kind; `total` is their sum. Communication is what is not hidden."""
+
+    products: Floats
+    attention: Floats
+    elementwise: Floats
+    recompute: Floats
+    head: Floats
+    tensor_parallel: Floats
+    data_parallel: Floats
+    pipeline: Floats
+    bubble: Floats
+    host: Floats
+    optimiser: Floats
+
+    @property
+    def total(self) -> Floats:
+        """The whole step."""
+        return sum(self.__dict__.values())
+
+    @property
+    def communication(self) -> Floats:
+        """What is not hidden of it, the bubble left out."""
+        return self.tensor_parallel + self.data_parallel + self.pipeline
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, one micro-batch: seconds forward and backward of each part."""
+
+    products: tuple[Floats, Floats]
+    attention: tuple[Floats, Floats]
+    elementwise: tuple[Floats, Floats]
+    tensor_parallel: tuple[Floats, Floats]
+
+
+def step(scene: Scene) -> Step:
+    """Seconds of a step of every candidate, on the pipeline's slowest stage."""
+    split, software = scene.split, scene.software
+    tokens = split.micro_batch * scene.training.sequence / split.cp
+    share = work.busiest(scene.blocks, split.tp)
+    layer, head = _layer(scene, share, tokens), _head(scene, share, tokens)
+    repeated, again = _recompute(scene, layer)
+    spoken = layer.tensor_parallel[0] * (1 + again) + layer.tensor_parallel[1]
+    spoken = spoken * (1 - software.tp_overlap)
+    busy = sum(layer.products) + sum(layer.attention) + sum(layer.elementwise) + repeated + spoken
+    launched = software.host * (2 + again) * (1 + software.straggle * np.log2(split.tp))
+    waited = (launched**HOST_JOIN + busy**HOST_JOIN) ** (1 / HOST_JOIN) - busy
+    gathered = _fsdp(scene, busy + waited)
+    each = busy + waited + gathered
+
+    rounds = np.maximum(scene.training.global_batch / (split.dp * split.micro_batch), 1)
+    layers, slowest, whole = _stages(scene, each, head)
+    n = rounds * layers
+    return Step(
+        products=n * sum(layer.products),
+        attention=n * sum(layer.attention),
+        elementwise=n * sum(layer.elementwise),
+        recompute=n * repeated,
+        head=rounds * (slowest - layers * each),
+        tensor_parallel=n * spoken,
+        data_parallel=n * gathered + _sync(scene, rounds * slowest),
+        pipeline=rounds * _letters(scene, tokens),
+        bubble=(whole - slowest) / split.vpp,
+        host=n * waited + software.step,
+        optimiser=_optimiser(scene),
+    )
+
+
+def _recompute(scene: Scene, layer: _Layer) -> tuple[Floats, Floats]:
+    """Seconds of work done again in the backward, and the share of the forward's communication with it.
+
+    Selective recomputation repeats attention's core where attention is unfused (Korthikanti et al. 2022), else a share
+    of the layer that the software decides.
+    """
+    chosen = scene.split.recompute
+    forward = layer.products[0] + layer.attention[0] + layer.elementwise[0]
+    selective = np.where(scene.training.flash > 0, scene.software.selective * forward, layer.attention[0])
+    return np.where(chosen == 2, forward, np.where(chosen == 1, selective, 0.0)), 1.0 * (chosen == 2)
+
+
+def _layer(scene: Scene, share: work.Share, tokens: Floats) -> _Layer:
+    machine, software, split = scene.machine, scene.software, scene.split
+    fp8 = scene.training.fp8
+    forward = back = 0.0 * tokens
+    for product in work.products(share, tokens):
+        forward = forward + curves.product(machine, *product, fp8)
+        of_input, of_weight = work.backward(product)
+        back = back + curves.product(machine, *of_input, fp8) + curves.product(machine, *of_weight, fp8, casts=0)
+    sharded = np.where(split.sp > 0, split.tp, 1)
+    bytes_forward, bytes_back = work.elementwise(share, tokens, sharded)
+    moved = tuple(curves.moved(machine, software.elementwise * n) for n in (bytes_forward, bytes_back))
+    return _Layer((forward, back), _attention(scene, share, tokens), moved, _tensor_parallel(scene, share, tokens))
+
+
+def _attention(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
+    machine, software, training = scene.machine, scene.software, scene.training
+    sequences = tokens * scene.split.cp / training.sequence
+    seen = sequences * share.heads * work.pairs(training.sequence, scene.blocks.window) / scene.split.cp
+    seen = seen * np.where(software.balanced > 0, 1, 2 - 1 / scene.split.cp)  # the last rank sees all keys before it
+    fused = curves.attention(machine, seen, training.sequence, share.heads, share.head_size)
+    fused = fused / (software.flash * np.where(software.native > 0, 1, machine.attention_ported))
+    rows, scores = tokens * share.heads, tokens * share.heads * training.sequence
+    plain = curves.product(machine, rows, training.sequence, share.head_size)
+    plain = plain + curves.product(machine, rows, share.head_size, training.sequence)
+    softmax = curves.moved(machine, software.softmax * scores)
+    flash = training.flash > 0
+    return (
+        np.where(flash, fused, plain + softmax),
+        np.where(flash, fused * 2.5 * machine.attention_backward, 2 * plain + softmax),
+    )
+
+
+def _tensor_parallel(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
+    machine, split = scene.machine, scene.split
+    wired = curves.links(machine, split.tp, np.ones_like(split.tp))
+    nbytes = work.activation_bytes(share, tokens)
+    summed = 2 * curves.all_reduce(machine, wired, nbytes)
+    gathered = 4 * curves.gather(machine, wired, nbytes)
+    forward = np.where(split.sp > 0, gathered, summed)
+    ring = curves.links(machine, split.cp, split.tp)
+    kv = 2 * 2 * tokens * split.cp * share.kv_heads * share.head_size
+    context = curves.gather(machine, ring, kv)
+    return forward + context, forward + 2 * context
+
+
+def _head(scene: Scene, share: work.Share, tokens: Floats) -> Floats:
+    """Logits forward and backward, and the loss over them: read and written in float32 some three times."""
+    logits = work.head_product(share, tokens)
+    seconds = sum(curves.product(scene.machine, *p) for p in (logits, *work.backward(logits)))
+    return seconds + curves.moved(scene.machine, scene.software.elementwise * 20 * tokens * share.vocabulary)
+
+
+def _stages(scene: Scene, per_layer: Floats, head: Floats) -> tuple[Floats, Floats, Floats]:
+    """Layers of the fullest stage; seconds of one micro-batch in the slowest stage and in all of them."""
+    layers, pp = scene.blocks.layers, scene.split.pp
+    most = ceil_div(layers, pp)
+    last = np.where(layers % pp == 0, most, most - 1)
+    slowest = np.maximum(most * per_layer, last * per_layer + head)
+    return most, slowest, layers * per_layer + head
+
+
+def _letters(scene: Scene, tokens: Floats) -> Floats:
+    """Seconds a micro-batch loses to passing activations down and gradients up, for each of its virtual stages."""
+    split, machine = scene.split, scene.machine
+    nbytes = work.activation_bytes(work.busiest(scene.blocks, split.tp), tokens) / np.where(split.sp > 0, split.tp, 1)
+    across = split.pp * split.tp * split.cp * split.dp > machine.per_node
+    each = curves.letter(machine, nbytes, across)
+    return np.where(split.pp > 1, 2 * split.vpp * each * (1 - scene.software.pp_overlap), 0.0)
+
+
+def _parameters(scene: Scene) -> Floats:
+    """Parameters of the fullest rank, before data-parallel ranks share them."""
+    blocks, split = scene.blocks, scene.split
+    ends = np.where(split.pp == 1, blocks.end_parameters, blocks.vocabulary * blocks.hidden)
+    return (ceil_div(blocks.layers, split.pp) * blocks.layer_parameters + ends) / split.tp
+
+
+def _fsdp(scene: Scene, compute: Floats) -> Floats:
+    """ZeRO-3, each layer and micro-batch: weights gathered twice, gradients scattered; what work does not hide."""
+    split, machine = scene.split, scene.machine
+    wired = curves.links(machine, split.dp * split.cp, split.tp, scene.software.rails)
+    weights = 2 * scene.blocks.layer_parameters / split.tp
+    gradients = scene.software.gradient_bytes / 2 * weights
+    seconds = 2 * curves.gather(machine, wired, weights) + curves.gather(machine, wired, gradients)
+    hidden = np.minimum(seconds, compute) * scene.software.fsdp_overlap
+    return np.where(split.zero == 3, seconds - hidden, 0.0)
+
+
+def _sync(scene: Scene, compute: Floats) -> Floats:
+    """Gradients summed over data-parallel ranks once a step; under ZeRO 1 and 2 scattered, and the weights gathered."""
+    split, machine = scene.split, scene.machine
+    wired = curves.links(machine, split.dp * split.cp, split.tp, scene.software.rails)
+    parameters = _parameters(scene)
+    gradients = scene.software.gradient_bytes * parameters
+    summed = curves.all_reduce(machine, wired, gradients)
+    shared = curves.gather(machine, wired, gradients) + curves.gather(machine, wired, 2 * parameters)
+    seconds = np.where(split.zero == 0, summed, shared)
+    exposed = seconds - np.minimum(seconds, compute) * scene.software.dp_overlap
+    return np.where(split.zero == 3, 0.0, exposed)
+
+
+def _optimiser(scene: Scene) -> Floats:
+    split = scene.split
+    owned = _parameters(scene) / np.where(split.zero > 0, split.dp * split.cp, 1)
+    return curves.moved(scene.machine, OPTIMISER_BYTES * owned)

@@ -1,0 +1,103 @@
+"""The work of a step in closed forms: products, attention pairs, bytes that elementwise kernels and collectives move.
+
+Exact in what the decoder does: `tests/plan/test_work.py` holds operations and collectives to the real layers. Decides
+no times. All sizes are local ones: what the busiest rank holds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardwright.plan.blocks import Blocks
+from shardwright.plan.quantities import Floats, ceil_div
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank holds of a layer and of the vocabulary: `N_r`, `K_r`, `F_r`, `V_r`, beside H, D and gated."""
+
+    hidden: Floats
+    heads: Floats
+    kv_heads: Floats
+    head_size: Floats
+    feed_forward: Floats
+    vocabulary: Floats
+    gated: Floats
+
+
+def busiest(blocks: Blocks, tp: Floats) -> Share:
+    """The largest share of each dimension when it is dealt out in balance; KV heads follow the query heads."""
+    heads = ceil_div(blocks.heads, tp)
+    group = blocks.heads / blocks.kv_heads
+    return Share(
+        hidden=blocks.hidden,
+        heads=heads,
+        kv_heads=np.minimum(np.ceil(heads / group), blocks.kv_heads),
+        head_size=blocks.head_size,
+        feed_forward=ceil_div(blocks.feed_forward, tp),
+        vocabulary=ceil_div(blocks.vocabulary, tp),
+        gated=blocks.gated,
+    )
+
+
+Product = tuple[Floats, Floats, Floats]
+"""m, n, k of `[m, k] @ [k, n]`."""
+
+
+def products(share: Share, tokens: Floats) -> tuple[Product, ...]:
+    """A layer's four products forward: qkv, attention's out, up (with gate), down."""
+    inner = share.heads * share.head_size
+    return (
+        (tokens, inner + 2 * share.kv_heads * share.head_size, share.hidden),
+        (tokens, share.hidden, inner),
+        (tokens, (1 + share.gated) * share.feed_forward, share.hidden),
+        (tokens, share.hidden, share.feed_forward),
+    )
+
+
+def head_product(share: Share, tokens: Floats) -> Product:
+    """The logits."""
+    return tokens, share.vocabulary, share.hidden
+
+
+def backward(product: Product) -> tuple[Product, Product]:
+    """Gradients of a product's input and of its weight."""
+    m, n, k = product
+    return (m, k, n), (n, k, m)
+
+
+def operations(product: Product) -> Floats:
+    """Multiplications and additions of a product."""
+    m, n, k = product
+    return 2 * m * n * k
+
+
+def pairs(sequence: Floats, window: Floats) -> Floats:
+    """Query-key pairs that one head of one causal sequence sees, half of its square, or of a window."""
+    seen: Floats = np.where(window > 0, np.minimum(window, sequence), sequence)
+    return sequence * seen - seen * seen / 2
+
+
+def attention_operations(sequence: Floats, held: Floats, heads: Floats, head_size: Floats) -> Floats:
+    """Of scores and values with nothing skipped, as the reference computes them: S queries over L keys."""
+    return 4 * sequence * held * heads * head_size
+
+
+def elementwise(share: Share, tokens: Floats, sharded: Floats) -> tuple[Floats, Floats]:
+    """Bytes of bf16 that the fused elementwise kernels of a layer move forward and backward.
+
+    Forward: two norms (read, write), two residual additions (two reads, a write), the activation (its inputs read, its
+    output written), the rotation of q and k. Backward: norms read two and write one, the additions read and write, the
+    activation reads gradient and inputs and writes the inputs' gradients. sharded: ranks that share norms and additions
+    (sequence parallelism).
+    """
+    whole, wide = tokens * share.hidden / sharded, tokens * share.feed_forward
+    turned = 2 * tokens * (share.heads + share.kv_heads) * share.head_size * share.gated
+    forward = 10 * whole + (2 + share.gated) * wide + turned
+    back = 10 * whole + (3 + 2 * share.gated) * wide + turned
+    return 2 * forward, 2 * back
+
+
+def activation_bytes(share: Share, tokens: Floats) -> Floats:
+    """What each of a layer's collectives moves: T x H in bf16."""
+    return 2 * tokens * share.hidden
