@@ -112,6 +112,8 @@ def test_nothing_that_unpickles_is_called() -> None:
         "shardwright.engine.source",
         "shardwright.engine.session",
         "shardwright.text.tokenizer",
+        "shardwright.plan.layouts",
+        "shardwright.plan.report",
         "shardwright.plan.validate",
         "shardwright.charts.scatter",
         "shardwright.cli.main",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shardwright.parallelize.replace import replace_matmul_all_reduce
     from shardwright.parallelize.sharding import full_state_dict, load_full_state_dict
     from shardwright.parallelize.trace import trace
+    from shardwright.plan.layouts import plan_layout
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "merge_tensors": "layout.tensors",
     "pack_dequant_scale": "kernels.quant",
     "parallelize_model": "parallelize.model",
+    "plan_layout": "plan.layouts",
     "replace_matmul_all_reduce": "parallelize.replace",
     "split_tensor": "layout.tensors",
     "trace": "parallelize.trace",
@@ -84,6 +86,7 @@ __all__ = [
     "merge_tensors",
     "pack_dequant_scale",
     "parallelize_model",
+    "plan_layout",
     "replace_matmul_all_reduce",
     "split_tensor",
     "trace",

@@ -15,7 +15,7 @@ class Blocks:
     """A decoder in the notation of `docs/notation.md`.
 
     gated: 1 where the feed-forward is SwiGLU, else two products · tied: 1 where the embedding is the head · window:
-    tokens a token sees, 0 for all before it.
+    tokens a token sees, 0 for all before it · qk_norm and *_bias: 1 where a layer has those small parameters.
     """
 
     layers: Floats
@@ -28,22 +28,10 @@ class Blocks:
     gated: Floats
     tied: Floats
     window: Floats
-
-    @property
-    def layer_parameters(self) -> Floats:
-        """Weights of one layer's products."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_size
-        return self.hidden * (attention + (2 + self.gated) * self.feed_forward)
-
-    @property
-    def end_parameters(self) -> Floats:
-        """Weights of embedding and head together."""
-        return (2 - self.tied) * self.vocabulary * self.hidden
-
-    @property
-    def parameters(self) -> Floats:
-        """Weights of the whole model, norms and biases left out."""
-        return self.layers * self.layer_parameters + self.end_parameters
+    qk_norm: Floats = 0
+    qkv_bias: Floats = 0
+    out_bias: Floats = 0
+    mlp_bias: Floats = 0
 
 
 @cache
@@ -77,4 +65,8 @@ def of_config(config: ModelConfig) -> Blocks:
         gated=1,
         tied=int(config.tied),
         window=0,
+        qk_norm=int(config.qk_norm),
+        qkv_bias=int(config.qkv_bias),
+        out_bias=int(config.out_bias),
+        mlp_bias=int(config.mlp_bias),
     )

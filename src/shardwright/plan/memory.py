@@ -10,7 +10,7 @@ import numpy as np
 from shardwright.plan import work
 from shardwright.plan.blocks import Blocks
 from shardwright.plan.quantities import Floats
-from shardwright.plan.step import Scene
+from shardwright.plan.step import Scene, micro_batches
 
 LOGIT_BYTES = 12
 """Of one logit while the loss is taken: bf16, its float32 copy, and a gradient of each."""
@@ -40,13 +40,13 @@ class Memory:
 def held(scene: Scene, stage: Floats) -> Memory:
     """What a rank of that pipeline stage holds, 0 the first."""
     split, software = scene.split, scene.software
-    parameters, layers = stage_parameters(scene.blocks, split.tp, split.pp, stage)
+    share = work.busiest(scene.blocks, split.tp)
+    parameters, layers = stage_parameters(scene.blocks, share, split.pp, stage)
     everyone = split.dp * split.cp
     of_weights = np.where(split.zero >= 3, everyone, 1)
     of_gradients = np.where(split.zero >= 2, everyone, 1)
     of_optimiser = np.where(split.zero >= 1, everyone, 1)
     tokens = split.micro_batch * scene.training.sequence / split.cp
-    share = work.busiest(scene.blocks, split.tp)
     activations = _activations(scene, share, tokens, layers, stage)
     last = stage == split.pp - 1
     return Memory(
@@ -67,7 +67,7 @@ def worst(scene: Scene) -> Memory:
     return Memory(**{kind: np.where(fuller, last.__dict__[kind], first.__dict__[kind]) for kind in first.__dict__})
 
 
-def stage_parameters(blocks: Blocks, tp: Floats, pp: Floats, stage: Floats) -> tuple[Floats, Floats]:
+def stage_parameters(blocks: Blocks, share: work.Share, pp: Floats, stage: Floats) -> tuple[Floats, Floats]:
     """Parameters of one rank of a stage, and its layers; stages that cannot be equal leave the ends shorter."""
     base, extra = blocks.layers // pp, blocks.layers % pp
     inner = (stage > 0) & (stage < pp - 1)
@@ -75,9 +75,10 @@ def stage_parameters(blocks: Blocks, tp: Floats, pp: Floats, stage: Floats) -> t
     middle = base + np.where(extra >= room, 1, (stage <= extra) * 1) * (extra > 0)
     ends = base + np.where((stage == 0) & (extra > room), 1, 0) + np.where((stage == pp - 1) & (extra > room + 1), 1, 0)
     layers = np.where(pp == 1, blocks.layers, np.where(inner, middle, ends))
-    table = blocks.vocabulary * blocks.hidden
-    ends_held = np.where(pp == 1, blocks.end_parameters, np.where(inner, 0, table))
-    return (layers * blocks.layer_parameters + ends_held) / tp, layers
+    table = work.table_parameters(share)
+    norm = np.where(stage == pp - 1, blocks.hidden, 0)
+    ends_held = np.where(pp == 1, (2 - blocks.tied) * table, np.where(inner, 0, table)) + norm
+    return layers * work.layer_parameters(blocks, share) + ends_held, layers
 
 
 def layer_activations(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats, Floats]:
@@ -103,7 +104,7 @@ def _activations(scene: Scene, share: work.Share, tokens: Floats, layers: Floats
 def in_flight(scene: Scene, stage: Floats) -> Floats:
     """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
     split = scene.split
-    rounds = np.maximum(scene.training.global_batch / (split.dp * split.micro_batch), 1)
+    rounds = micro_batches(scene)
     plain = np.minimum(split.pp - stage, rounds)
     chunks = 2 * (split.pp - 1 - stage) + (split.vpp - 1) * split.pp + 1
     return np.where(split.vpp > 1, np.minimum(chunks / split.vpp, rounds), plain)
@@ -111,5 +112,5 @@ def in_flight(scene: Scene, stage: Floats) -> Floats:
 
 def _gathered(scene: Scene) -> Floats:
     """ZeRO-3 holds two layers' weights and one's gradients whole, while one is used and the next arrives."""
-    layer = scene.blocks.layer_parameters / scene.split.tp
+    layer = work.layer_parameters(scene.blocks, work.busiest(scene.blocks, scene.split.tp))
     return np.where(scene.split.zero >= 3, 2 * (2 + 1) * layer, 0.0)

@@ -4,7 +4,7 @@ Decides how single records become one record of arrays. Knows nothing of what th
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,12 +22,16 @@ def stacked(records: Sequence[T]) -> T:
     return kind(**columns)
 
 
-def broadcast(record: T, size: int) -> T:
-    """The same record for each of `size` candidates."""
-    kind = type(record)
-    return kind(**{f.name: np.broadcast_to(getattr(record, f.name), size) for f in fields(kind)})  # type: ignore[arg-type]
-
-
 def ceil_div(a: Floats, b: Floats) -> Floats:
     """The larger share of `a` things dealt out over `b` ranks."""
     return -(-a // b)
+
+
+def picked(record: T, at: Any) -> T:
+    """One candidate, or those of an index array, of a record of arrays or of a record of such records."""
+    values: dict[str, Any] = {}
+    for f in fields(type(record)):  # type: ignore[arg-type]
+        value = getattr(record, f.name)
+        nested = is_dataclass(value) and not isinstance(value, type)
+        values[f.name] = picked(value, at) if nested else value[at] if np.ndim(value) else value
+    return type(record)(**values)

@@ -75,7 +75,7 @@ def service(stage: Stage, load: Load) -> Service:
     """What requests see when `load.batch` of them are always under way, prefills between the others' steps."""
     step, spoken = _decode(stage, load)
     prefill = _prefill(stage, load) + stage.server.step
-    per_token = step + stage.server.waits * (load.batch - 1) * prefill / load.output
+    per_token = step + stage.server.waits * (load.batch - 1) * prefill / stage.pp / load.output
     return Service(
         first_token=prefill,
         per_token=per_token,
@@ -88,7 +88,7 @@ def service(stage: Stage, load: Load) -> Service:
 def _decode(stage: Stage, load: Load) -> tuple[Floats, Floats]:
     """Seconds of a decode step through all pipeline stages, and of its communication."""
     blocks, machine, server, tp, pp = stage.blocks, stage.machine, stage.server, stage.tp, stage.pp
-    rows, share = load.batch, work.busiest(blocks, tp)
+    rows, share = load.batch / pp, work.busiest(blocks, tp)  # a share of the requests in each stage at a time
     seconds = KERNELS * machine.launch * server.launches + 0.0 * rows
     for m, n, k in work.products(share, rows):
         seconds = seconds + curves.product(machine, m, n, k, load.fp8) - machine.launch * (1 - server.launches)

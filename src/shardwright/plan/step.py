@@ -85,7 +85,7 @@ def step(scene: Scene) -> Step:
     gathered = _fsdp(scene, busy + waited)
     each = busy + waited + gathered
 
-    rounds = np.maximum(scene.training.global_batch / (split.dp * split.micro_batch), 1)
+    rounds = micro_batches(scene)
     layers, slowest, whole = _stages(scene, each, head)
     n = rounds * layers
     return Step(
@@ -101,6 +101,12 @@ def step(scene: Scene) -> Step:
         host=n * waited + software.step,
         optimiser=_optimiser(scene),
     )
+
+
+def micro_batches(scene: Scene) -> Floats:
+    """Micro-batches that each data-parallel rank runs in a step; the last may be short."""
+    split = scene.split
+    return np.maximum(np.ceil(scene.training.global_batch / (split.dp * split.micro_batch) - 1e-9), 1)
 
 
 def _recompute(scene: Scene, layer: _Layer) -> tuple[Floats, Floats]:
@@ -188,15 +194,16 @@ def _letters(scene: Scene, tokens: Floats) -> Floats:
 def _parameters(scene: Scene) -> Floats:
     """Parameters of the fullest rank, before data-parallel ranks share them."""
     blocks, split = scene.blocks, scene.split
-    ends = np.where(split.pp == 1, blocks.end_parameters, blocks.vocabulary * blocks.hidden)
-    return (ceil_div(blocks.layers, split.pp) * blocks.layer_parameters + ends) / split.tp
+    share = work.busiest(blocks, split.tp)
+    ends = np.where(split.pp == 1, 2 - blocks.tied, 1) * work.table_parameters(share)
+    return ceil_div(blocks.layers, split.pp) * work.layer_parameters(blocks, share) + ends
 
 
 def _fsdp(scene: Scene, compute: Floats) -> Floats:
     """ZeRO-3, each layer and micro-batch: weights gathered twice, gradients scattered; what work does not hide."""
     split, machine = scene.split, scene.machine
     wired = curves.links(machine, split.dp * split.cp, split.tp, scene.software.rails)
-    weights = 2 * scene.blocks.layer_parameters / split.tp
+    weights = 2 * work.layer_parameters(scene.blocks, work.busiest(scene.blocks, split.tp))
     gradients = scene.software.gradient_bytes / 2 * weights
     seconds = 2 * curves.gather(machine, wired, weights) + curves.gather(machine, wired, gradients)
     hidden = np.minimum(seconds, compute) * scene.software.fsdp_overlap

@@ -40,6 +40,22 @@ def busiest(blocks: Blocks, tp: Floats) -> Share:
     )
 
 
+def idlest(blocks: Blocks, tp: int) -> Share:
+    """The smallest share of each dimension: that of the last rank."""
+    heads = blocks.heads // tp
+    first = blocks.heads - heads
+    group = blocks.heads // blocks.kv_heads
+    return Share(
+        hidden=blocks.hidden,
+        heads=heads,
+        kv_heads=blocks.kv_heads - first // group if heads else 0,
+        head_size=blocks.head_size,
+        feed_forward=blocks.feed_forward // tp,
+        vocabulary=blocks.vocabulary // tp,
+        gated=blocks.gated,
+    )
+
+
 Product = tuple[Floats, Floats, Floats]
 """m, n, k of `[m, k] @ [k, n]`."""
 
@@ -53,6 +69,21 @@ def products(share: Share, tokens: Floats) -> tuple[Product, ...]:
         (tokens, (1 + share.gated) * share.feed_forward, share.hidden),
         (tokens, share.hidden, share.feed_forward),
     )
+
+
+def layer_parameters(blocks: Blocks, share: Share) -> Floats:
+    """Parameters a rank holds of one layer, norms and biases included."""
+    heads = (share.heads + 2 * share.kv_heads) * share.head_size
+    wide = (1 + share.gated) * share.feed_forward
+    small = 2 * share.hidden + 2 * blocks.qk_norm * share.head_size
+    biases = blocks.qkv_bias * heads + blocks.out_bias * share.hidden + blocks.mlp_bias * (wide + share.hidden)
+    inner = share.heads * share.head_size
+    return share.hidden * (heads + inner + wide + share.feed_forward) + small + biases
+
+
+def table_parameters(share: Share) -> Floats:
+    """Parameters a rank holds of the embedding, or of a head that is not tied to it."""
+    return share.vocabulary * share.hidden
 
 
 def head_product(share: Share, tokens: Floats) -> Product:

@@ -1,0 +1,92 @@
+"""`shardwright plan`: which split of a model over a cluster is fastest, and why the others lost."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shardwright.cli.options import with_options
+from shardwright.errors import UsageError
+
+if TYPE_CHECKING:
+    from shardwright.plan.found import Found
+
+SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """The command line of `plan`."""
+
+    model: Annotated[
+        str,
+        typer.Argument(help="A built-in name (qwen1.5-72b), a Hugging Face directory, a config.json or a GGUF file."),
+    ]
+    cluster: Annotated[
+        str | None, typer.Option(help="8xh100, nodes x devices 4x8xa100-80, or a TOML file. By default this machine.")
+    ] = None
+    train: Annotated[bool, typer.Option("--train", help="Plan a training run.")] = False
+    serve: Annotated[bool, typer.Option("--serve", help="Plan serving; the default.")] = False
+    global_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 256
+    seq: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 4096
+    input: Annotated[int, typer.Option(help="Tokens of a request.")] = 1024
+    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256
+    latency: Annotated[float | None, typer.Option(help="Most milliseconds a token may take when serving.")] = None
+    software: Annotated[str, typer.Option(help="A profile: megatron-core, fsdp, vllm, … (docs/planner.md).")] = (
+        "generic"
+    )
+    precision: Annotated[str, typer.Option(help="Of the products: bf16 or fp8.")] = "bf16"
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False
+    html: Annotated[Path | None, typer.Option(help="Write a report with pictures there.")] = None
+
+
+@with_options(PlanOptions)
+def plan(options: PlanOptions) -> None:
+    """Print the fastest split that fits, the runners-up, and why each of them lost.
+
+    Example:  shardwright plan qwen1.5-72b --cluster 8xh100
+    """
+    from shardwright.plan.hardware import parse_cluster
+    from shardwright.plan.layouts import plan_layout
+
+    if options.train and options.serve:
+        raise UsageError("serve", True, "a plan is for training or for serving", "drop --train or --serve")
+    cluster = parse_cluster(options.cluster or "8xh100")
+    found = plan_layout(
+        options.model,
+        cluster,
+        train=(options.global_batch, options.seq) if options.train else None,
+        serve=(options.input, options.output),
+        latency_s=None if options.latency is None else options.latency / 1e3,
+        software=options.software,
+        precision=options.precision,
+    )
+    if options.html is not None:
+        from shardwright.plan.report import write_page
+
+        write_page(found, min(float(machine.memory) for machine in cluster.machines), options.html)
+    if options.as_json:
+        print(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        _show(found)
+
+
+def _show(found: "Found") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shardwright.plan.found import GIB, summary
+
+    console = Console()
+    console.print(summary(found), highlight=False)
+    for warning in found.warnings:
+        console.print(f"note: {warning}", highlight=False)
+    table = Table()
+    for heading in ("layout", "step, s", "GiB", "why it lost"):
+        table.add_column(heading, overflow="fold")
+    for lost in found.losers[:SHOWN]:
+        held = f"{lost.layout.memory_bytes / GIB:.1f}"
+        table.add_row(str(lost.layout), f"{lost.layout.step_s:.4g}", held, lost.reason)
+    console.print(table)

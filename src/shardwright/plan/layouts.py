@@ -1,0 +1,46 @@
+"""`plan_layout`: a plan from names, as the command line and Python call it."""
+
+from shardwright.errors import UsageError
+from shardwright.plan.found import Found
+from shardwright.plan.hardware import Cluster, parse_cluster
+from shardwright.plan.search import plan_training
+from shardwright.plan.serve_search import plan_serving
+from shardwright.plan.serving import Load, server
+from shardwright.plan.software import profile
+from shardwright.plan.sources import open_model
+from shardwright.plan.training import Training
+
+
+def plan_layout(
+    model: str,
+    cluster: str | Cluster,
+    *,
+    train: tuple[int, int] | None = None,
+    serve: tuple[int, int] = (1024, 256),
+    latency_s: float | None = None,
+    software: str = "generic",
+    precision: str = "bf16",
+) -> Found:
+    """The split of a model over a cluster that is fastest, and why the others lost.
+
+    model: built-in name, Hugging Face directory, config.json or GGUF · cluster: `8xh100`, `4x8xa100-80`, a TOML file ·
+    train: sequences a step and tokens of each; without it the model is served · serve: tokens in and out of a request
+    · latency_s: most seconds a token may take · software: a profile of `plan/data` · precision: bf16 or fp8.
+
+    Raises:
+        UsageError: a name is unknown (the near ones are listed), or a number makes no sense.
+    """
+    if precision not in ("bf16", "fp8"):
+        raise UsageError("precision", precision, "plans are for bf16 and fp8", "use one of them")
+    for name, value in (("train", min(train or (1,))), ("serve", min(serve)), ("latency", latency_s or 1)):
+        if value <= 0:
+            raise UsageError(name, value, "sequences, tokens and seconds are above 0", "give a positive number")
+    fp8 = float(precision == "fp8")
+    name, blocks = open_model(model)
+    where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
+    if train is not None:
+        batch, sequence = train
+        job = Training(sequence=sequence, global_batch=batch, fp8=fp8, flash=1.0)
+        return plan_training(name, blocks, where, job, profile(software, precision))
+    load = Load(input=serve[0], output=serve[1], batch=1, fp8=fp8)
+    return plan_serving(name, blocks, where, load, server(software), latency_s)

@@ -1,0 +1,180 @@
+"""The split that serves most tokens a second, under a bound on the time per token if there is one.
+
+Decides what wins and why the others lost. Weights and KV pages must fit; replicas share nothing.
+"""
+
+import time
+
+import numpy as np
+
+from shardwright.plan import work
+from shardwright.plan.blocks import Blocks
+from shardwright.plan.candidates import serving_splits
+from shardwright.plan.curves import Machine
+from shardwright.plan.found import GIB, Found, Layout, Loser, by_kind, warnings_of
+from shardwright.plan.hardware import Cluster
+from shardwright.plan.memory import Memory, stage_parameters
+from shardwright.plan.quantities import Floats, picked
+from shardwright.plan.reasons import largest
+from shardwright.plan.search import SHOWN, imbalance, machine_of
+from shardwright.plan.serving import Load, Server, Service, Stage, service
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+RESERVED = 2e9
+"""Bytes of context and communication buffers on each rank."""
+
+WEIGHT_BYTES = 2
+
+
+def plan_serving(
+    model: str, blocks: Blocks, cluster: Cluster, load: Load, server: Server, latency_s: float | None
+) -> Found:
+    """The layout of the highest throughput. load.batch is not read: the search tries its own.
+
+    latency_s: the most a token may take after the first, or None.
+    """
+    started = time.perf_counter()
+    machine, shared = machine_of(cluster, blocks, WEIGHT_BYTES, "bandwidth")
+    tp, pp, dp, batch = serving_splits(cluster.size, int(machine.per_node), int(blocks.layers), BATCHES)
+    if shared:
+        tp, pp, dp, batch = (column[dp == 1] for column in (tp, pp, dp, batch))
+    load = Load(input=load.input, output=load.output, batch=batch, fp8=load.fp8 + 0 * tp)
+    stage = Stage(blocks=blocks, machine=machine, server=server, tp=tp, pp=pp)
+    seen = service(stage, load)
+    held = serving_memory(blocks, load, tp, pp, 0 * pp)
+    late = np.zeros(len(tp), bool) if latency_s is None else seen.per_token > latency_s
+    fits = held.total <= machine.memory
+    good = fits & ~late
+    rate = dp * seen.throughput
+    order = np.lexsort((np.where(good, -rate, np.where(fits, seen.per_token, held.total)), ~fits, ~good))
+    layouts = _Layouts(tp, pp, dp, load, seen, held, shared)
+    best = int(order[0]) if good[order[0]] else None
+    why = _Why(machine, seen, held, fits, late, rate, latency_s)
+    chosen = _shapes(layouts, order)
+    losers = tuple(Loser(layouts.at(i), why.of(i, best)) for i in chosen if i != best)[:SHOWN]
+    winner = None if best is None else layouts.at(best)
+    stages = () if winner is None else by_kind(_of_stages(blocks, picked(load, best), winner), winner.pp)
+    return Found(
+        model=model,
+        cluster=cluster.name,
+        mode="serve",
+        best=winner,
+        candidates=len(tp),
+        search_s=time.perf_counter() - started,
+        losers=losers,
+        warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
+        stages=stages,
+        seconds={} if winner is None else _seconds(seen, winner, best),
+        frontier=tuple((str(layouts.at(i)), float(held.total[i]), float(rate[i]), bool(good[i])) for i in chosen),
+    )
+
+
+def serving_memory(blocks: Blocks, load: Load, tp: Floats, pp: Floats, stage: Floats) -> Memory:
+    """Bytes a rank of that stage holds: weights, and the KV pages of all requests at their longest."""
+    share = work.busiest(blocks, tp)
+    parameters, layers = stage_parameters(blocks, share, pp, stage)
+    cache = load.batch * (load.input + load.output) * kv_bytes(share) * layers
+    nothing = 0.0 * cache
+    return Memory(
+        weights=np.where(load.fp8 > 0, 1, WEIGHT_BYTES) * parameters,
+        gradients=nothing,
+        optimiser=nothing,
+        activations=cache,
+        logits=4 * load.batch * share.vocabulary,
+        buffers=RESERVED + nothing,
+        slack=nothing,
+    )
+
+
+def kv_bytes(share: work.Share) -> Floats:
+    """Of one token's keys and values in one layer, bf16."""
+    return 2 * 2 * share.kv_heads * share.head_size
+
+
+class _Layouts:
+    """The candidates, to be shown one by one."""
+
+    def __init__(
+        self, tp: Floats, pp: Floats, dp: Floats, load: Load, seen: Service, held: Memory, shares: tuple[float, ...]
+    ) -> None:
+        self.tp, self.pp, self.dp, self.load, self.seen, self.held, self.shares = tp, pp, dp, load, seen, held, shares
+
+    def at(self, i: int) -> Layout:
+        seen = self.seen
+        return Layout(
+            tp=int(self.tp[i]),
+            pp=int(self.pp[i]),
+            vpp=1,
+            dp=int(self.dp[i]),
+            sp=0,
+            micro_batch=int(self.load.batch[i]),
+            recompute="none",
+            zero=0,
+            step_s=float(seen.decode_step[i]),
+            memory_bytes=int(self.held.total[i]),
+            communication_share=float(seen.communication[i]),
+            tokens_per_s=float(self.dp[i] * seen.throughput[i]),
+            first_token_s=float(seen.first_token[i]),
+            per_token_s=float(seen.per_token[i]),
+            shares=self.shares,
+        )
+
+
+class _Why:
+    """Why a candidate lost."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        seen: Service,
+        held: Memory,
+        fits: Floats,
+        late: Floats,
+        rate: Floats,
+        latency_s: float | None,
+    ) -> None:
+        self.machine, self.seen, self.held = machine, seen, held
+        self.fits, self.late, self.rate, self.latency_s = fits, late, rate, latency_s
+
+    def of(self, at: int, best: int | None) -> str:
+        if not self.fits[at]:
+            need, have = float(self.held.total[at]), float(self.machine.memory)
+            kind = {"activations": "KV pages"}.get(largest(self.held, at), largest(self.held, at))
+            return (
+                f"out of memory by {(need - have) / GIB:.1f} GiB on stage 0: it needs {need / GIB:.1f} GiB of "
+                f"{have / GIB:.0f}, most of it {kind}"
+            )
+        if self.late[at] or best is None:
+            token, bound = 1e3 * float(self.seen.per_token[at]), 1e3 * (self.latency_s or 0.0)
+            return f"a token takes {token:.1f} ms, over the {bound:.1f} ms asked for"
+        less = 1 - float(self.rate[at] / self.rate[best])
+        spoken = 100 * float(self.seen.communication[at])
+        return f"{100 * less:.1f} % fewer tokens a second; communication {spoken:.0f} % of a decode step"
+
+
+def _shapes(layouts: _Layouts, order: np.ndarray) -> list[int]:
+    """The best candidate of each tp x pp, in order."""
+    seen: set[tuple[float, float]] = set()
+    kept = []
+    for at in order:
+        shape = (float(layouts.tp[at]), float(layouts.pp[at]))
+        if shape not in seen:
+            seen.add(shape)
+            kept.append(int(at))
+    return kept
+
+
+def _of_stages(blocks: Blocks, load: Load, winner: Layout) -> Memory:
+    stages = np.arange(winner.pp)
+    held = serving_memory(blocks, load, float(winner.tp), float(winner.pp), stages)
+    return Memory(**{kind: np.broadcast_to(value, winner.pp) for kind, value in held.__dict__.items()})
+
+
+def _seconds(seen: Service, winner: Layout, at: int | None) -> dict[str, float]:
+    step = winner.step_s
+    spoken = winner.communication_share * step
+    return {
+        "decode": step - spoken,
+        "communication": spoken,
+        "waiting for prefills": float(seen.per_token[at]) - step,
+    }
