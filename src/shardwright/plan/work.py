@@ -27,17 +27,26 @@ class Share:
 
 def busiest(blocks: Blocks, tp: Floats) -> Share:
     """The largest share of each dimension when it is dealt out in balance; KV heads follow the query heads."""
-    heads = ceil_div(blocks.heads, tp)
-    group = blocks.heads / blocks.kv_heads
     return Share(
         hidden=blocks.hidden,
-        heads=heads,
-        kv_heads=np.minimum(np.ceil(heads / group), blocks.kv_heads),
+        heads=ceil_div(blocks.heads, tp),
+        kv_heads=_kv_heads(blocks, tp),
         head_size=blocks.head_size,
         feed_forward=ceil_div(blocks.feed_forward, tp),
         vocabulary=ceil_div(blocks.vocabulary, tp),
         gated=blocks.gated,
     )
+
+
+def _kv_heads(blocks: Blocks, tp: Floats) -> Floats:
+    """The most KV heads that some rank's query heads need: one more than they fill where a group straddles ranks."""
+    ranks, tp = np.arange(int(np.max(tp))), np.asarray(tp)[..., None]
+    heads, group = np.asarray(blocks.heads)[..., None], np.asarray(blocks.heads / blocks.kv_heads)[..., None]
+    base, extra = heads // tp, heads % tp
+    start = ranks * base + np.minimum(ranks, extra)
+    stop = start + base + (ranks < extra)
+    widths = np.ceil(stop / group) - np.floor(start / group)
+    return np.where((ranks < tp) & (stop > start), widths, 0).max(axis=-1)
 
 
 def idlest(blocks: Blocks, tp: int) -> Share:
