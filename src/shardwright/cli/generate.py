@@ -17,6 +17,8 @@ from shardwright.errors import UsageError
 if TYPE_CHECKING:
     from shardwright.engine.request import Request
     from shardwright.engine.session import RunReport, Session
+    from shardwright.models.config import ModelConfig
+    from shardwright.plan.measured import Choice
     from shardwright.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -30,7 +32,10 @@ class GenerateOptions:
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face directory or a GGUF file. By default the embedded SmolLM2-135M.")
     ] = None
-    tp: Annotated[int, typer.Option(help="Ranks to split the model over; any number.")] = 1
+    tp: Annotated[
+        str,
+        typer.Option(metavar="N|auto", help="Ranks to split the model over; auto: as planned for here."),
+    ] = "1"
     dtype: Annotated[
         str | None,
         typer.Option(help="float32 or bfloat16. By default float32 for GGUF, the file's own for safetensors."),
@@ -56,22 +61,57 @@ def generate(options: GenerateOptions) -> None:
     from shardwright.engine.source import ModelSource
     from shardwright.models.embedded import embedded_model
 
-    check_ranks(options.tp)
+    wanted = _ranks(options.tp)
+    check_ranks(1 if wanted is None else wanted)
     if options.dtype not in (None, *DTYPES):
         raise UsageError("dtype", options.dtype, "there is no such weight type", f"use {' or '.join(DTYPES)}")
     params = SamplingParams(**{field.name: getattr(options, field.name) for field in fields(SamplingParams)})
     source = ModelSource.open(options.model or embedded_model())
     tokens = tuple(source.encode(options.prompt, raw=options.raw))
     request = Request(number=0, tokens=tokens, params=params, stop=tuple(sorted(source.tokenizer.stop_ids)))
-    with _session(source.path, options.dtype, options.tp) as session:
+    choice = _choice(source.config, len(tokens), options) if wanted is None else None
+    tp = choice.tp if choice else wanted or 1
+    with _session(source.path, options.dtype, tp) as session:
         generated = _streamed(session, request, source.tokenizer, quiet=options.as_json)
     report = session.report
     if options.as_json:
         text = source.tokenizer.decode(generated)
         figures = {"text": text, "token_ids": generated, "prompt_token_ids": list(tokens), **asdict(report)}
+        figures |= {"predicted_tokens_per_s": choice.tokens_per_s} if choice else {}
         print(json.dumps(figures, ensure_ascii=False))
     else:
         print(_summary(report, len(generated)), file=sys.stderr)
+        if choice:
+            print(_compared(choice, report), file=sys.stderr)
+
+
+def _ranks(said: str) -> int | None:
+    """The number of ranks, or None for `auto`."""
+    if said == "auto":
+        return None
+    try:
+        return int(said)
+    except ValueError:
+        raise UsageError("tp", said, "it is a number of ranks, or auto", "try --tp 2") from None
+
+
+def _choice(config: "ModelConfig", prompt: int, options: GenerateOptions) -> "Choice":
+    """The number of ranks that should decode this fastest here."""
+    from shardwright.cli.measure import measured_machine
+    from shardwright.plan.blocks import of_config
+    from shardwright.plan.measured import fastest_decode
+
+    return fastest_decode(of_config(config), measured_machine(), prompt, options.max_tokens)
+
+
+def _compared(choice: "Choice", report: "RunReport") -> str:
+    predicted = choice.tokens_per_s[choice.tp]
+    others = ", ".join(f"tp {tp} {speed:.1f}" for tp, speed in choice.tokens_per_s.items() if tp != choice.tp)
+    off = report.tokens_per_s / predicted - 1
+    return (
+        f"tp auto chose {choice.tp}: predicted {predicted:.1f} tokens/s, measured {report.tokens_per_s:.1f} "
+        f"({off:+.0%}); predicted at {others}"
+    )
 
 
 @contextmanager

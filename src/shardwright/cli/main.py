@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import shardwright
-from shardwright.cli import check, explain, generate, kernels, parallelize, plan, validate
+from shardwright.cli import check, explain, generate, kernels, measure, parallelize, plan, validate
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
@@ -32,6 +32,7 @@ app.command()(check.check)
 app.command()(explain.explain)
 app.command()(parallelize.parallelize)
 app.command()(plan.plan)
+app.command()(measure.measure)
 app.command()(validate.validate)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardwright.cli.measure import measured_machine
 from shardwright.cli.options import with_options
 from shardwright.errors import UsageError
 
@@ -50,10 +51,11 @@ def plan(options: PlanOptions) -> None:
     """
     from shardwright.plan.hardware import parse_cluster
     from shardwright.plan.layouts import plan_layout
+    from shardwright.plan.measured import cluster as cluster_of
 
     if options.train and options.serve:
         raise UsageError("serve", True, "a plan is for training or for serving", "drop --train or --serve")
-    cluster = parse_cluster(options.cluster or "8xh100")
+    cluster = parse_cluster(options.cluster) if options.cluster else cluster_of(measured_machine())
     found = plan_layout(
         options.model,
         cluster,

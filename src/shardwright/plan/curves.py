@@ -10,9 +10,6 @@ import numpy as np
 
 from shardwright.plan.quantities import Floats
 
-TILE = 128
-"""Rows and columns of the output tile that a processor works on; the last one may be mostly empty."""
-
 QUANTISE_BYTES = 3
 """Read as bf16, written as fp8: what turning one activation into fp8 moves."""
 
@@ -21,12 +18,14 @@ QUANTISE_BYTES = 3
 class Machine:
     """One kind of device in its node and network: datasheet figures and the constants of its curves.
 
-    Rates per second and per device; memory in bytes. gemm_*: share of the peak that an endless product reaches · ramp:
-    inner size at which half of it is reached · tail: waves of tiles lost at the end · sharpness: how compute and memory
-    limits join · attention_*: the same for fused attention, head: head size at which half is reached · sustained: clock
-    of a run of hours over that of a benchmark · wire, net: share of the link's rate that collectives reach inside and
-    across nodes · latency, hop: seconds of a collective and of each further rank in it · root: its slow start, seconds
-    per square root of a byte.
+    Rates per second and per device; memory in bytes; width: bytes of an element of its native format; tile: rows and
+    columns of the output that a processor works on, the last of which may be mostly empty. gemm_*: share of the peak
+    that an endless product reaches · ramp: inner size at which half of it is reached · tail: waves of tiles lost at the
+    end · sharpness: how compute and memory limits join · attention_*: the same for fused attention, head: head size at
+    which half is reached, ported: share of it left to kernels of an earlier generation · sustained: clock of a run of
+    hours over that of a benchmark · wire, net: share of the link's rate that collectives reach inside and across nodes
+    · latency, hop: seconds of a collective and of each further rank in it · root: its slow start, seconds per square
+    root of a byte.
     """
 
     memory: Floats
@@ -37,6 +36,8 @@ class Machine:
     intra: Floats
     inter: Floats
     per_node: Floats
+    width: Floats
+    tile: Floats
     gemm_bf16: Floats
     gemm_fp8: Floats
     ramp: Floats
@@ -63,11 +64,12 @@ class Machine:
 def product(machine: Machine, m: Floats, n: Floats, k: Floats, fp8: Floats | float = 0.0, casts: int = 1) -> Floats:
     """Seconds of `[m, k] @ [k, n]` in bf16, or in fp8 where `fp8` is 1, its first operand cast `casts` times."""
     m, n, k = np.maximum(m, 1), np.maximum(n, 1), np.maximum(k, 1)
-    waves = np.ceil(m / TILE) * np.ceil(n / TILE) / machine.processors
+    rows = np.ceil(m / machine.tile)
+    waves = rows * np.ceil(n / machine.tile) / machine.processors
     rate = np.where(fp8, machine.fp8 * machine.gemm_fp8, machine.bf16 * machine.gemm_bf16) * machine.sustained
     ramp = np.where(fp8, machine.ramp_fp8, machine.ramp)
-    compute = 2.0 * np.ceil(m / TILE) * TILE * n * k / rate * (1 + ramp / k) * (1 + machine.tail / waves)
-    moved = np.where(fp8, 1, 2) * (m * k + n * k) + 2.0 * m * n
+    compute = 2.0 * rows * machine.tile * n * k / rate * (1 + ramp / k) * (1 + machine.tail / waves)
+    moved = np.where(fp8, 1, machine.width) * (m * k + n * k) + machine.width * m * n
     memory = moved / (machine.bandwidth * machine.memory_share)
     quantised = np.where(fp8, casts * machine.quantise * QUANTISE_BYTES * m * k / machine.bandwidth, 0.0)
     p = machine.sharpness
@@ -76,7 +78,7 @@ def product(machine: Machine, m: Floats, n: Floats, k: Floats, fp8: Floats | flo
 
 def attention(machine: Machine, pairs: Floats, sequence: Floats, heads: Floats, head_size: Floats) -> Floats:
     """Seconds of fused attention forward. pairs: query-key pairs of all heads of all sequences that are not masked."""
-    blocks = pairs / np.maximum(sequence, 1) / TILE
+    blocks = pairs / np.maximum(sequence, 1) / machine.tile
     rate = machine.bf16 * machine.attention * machine.sustained * head_size / (head_size + machine.attention_head)
     compute = 4.0 * pairs * head_size / rate * (1 + machine.attention_ramp / sequence)
     return machine.launch + compute * (1 + machine.attention_tail * machine.processors / np.maximum(blocks, 1)) * (

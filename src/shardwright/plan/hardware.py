@@ -41,7 +41,7 @@ def machine(name: str) -> Machine:
     """
     key = catalogue.resolve(devices(), name, "device")
     row = devices()[key]
-    constants = _curves(key, row["architecture"])
+    constants = curve_constants(row["architecture"], key)
     for figure in ("measured_bf16_tflops", "measured_fp8_tflops"):
         kind = figure.split("_")[1]
         if figure in row and f"gemm_{kind}" not in _constants().get(row["architecture"], {}):
@@ -59,9 +59,8 @@ def machine(name: str) -> Machine:
     )
 
 
-def _curves(*tables: str) -> dict[str, Any]:
+def curve_constants(architecture: str, device: str = "") -> dict[str, Any]:
     """Curve constants: generic, then the architecture's, then the device's own."""
-    device, architecture = tables
     merged: dict[str, Any] = {}
     for name in ("generic", architecture, device):
         merged |= {key: value for key, value in _constants().get(name, {}).items() if key in _CURVES}

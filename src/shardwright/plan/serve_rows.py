@@ -4,7 +4,7 @@ Decides which columns are inputs and which rows cannot be priced. `model` is an 
 model's of that name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,9 +28,12 @@ def is_serving(row: Row) -> bool:
 
 
 def price_serving(
-    rows: Sequence[Row],
+    rows: Sequence[Row], servers: Mapping[str, Server] | None = None
 ) -> tuple[list[int], list[Labels], list[float], list[float], list[Skipped]]:
-    """Row numbers, labels (family, device), seconds per token predicted and measured, and the rows that are skipped."""
+    """Row numbers, labels (family, device), seconds per token predicted and measured, and the rows that are skipped.
+
+    servers: profiles by framework in place of the shipped ones (to fit them).
+    """
     kept: list[int] = []
     records: list[tuple[Blocks, Machine, Server, Load]] = []
     splits: list[tuple[float, float]] = []
@@ -38,7 +41,7 @@ def price_serving(
     skipped: list[Skipped] = []
     for at, row in enumerate(rows, 1):
         try:
-            seconds, record, split = number(row, "tpot_ms") / 1e3, _record(row), _split(row)
+            seconds, record, split = number(row, "tpot_ms") / 1e3, _record(row, servers or {}), _split(row)
         except (UsageError, UnpricedError) as error:
             skipped.append(Skipped(at, str(error)))
             continue
@@ -48,14 +51,14 @@ def price_serving(
         splits.append(split)
     if not records:
         raise UsageError("rows", len(rows), "none can be priced", skipped[0].reason)
-    blocks, machines, servers, load = (stacked(column) for column in zip(*records, strict=True))
+    blocks, machines, profiles, load = (stacked(column) for column in zip(*records, strict=True))
     tp, pp = np.array(splits).T
-    priced = service(Stage(blocks=blocks, machine=machines, server=servers, tp=tp, pp=pp), load)
+    priced = service(Stage(blocks=blocks, machine=machines, server=profiles, tp=tp, pp=pp), load)
     labels = [(rows[at - 1]["model"], rows[at - 1]["device"]) for at in kept]
     return kept, labels, [float(s) for s in priced.per_token], measured, skipped
 
 
-def _record(row: Row) -> tuple[Blocks, Machine, Server, Load]:
+def _record(row: Row, servers: Mapping[str, Server]) -> tuple[Blocks, Machine, Server, Load]:
     precision = row.get("precision", "").lower()
     if precision not in PRECISIONS:
         raise UnpricedError(f"precision {precision}: curves cover bf16, fp16 and fp8")
@@ -67,7 +70,12 @@ def _record(row: Row) -> tuple[Blocks, Machine, Server, Load]:
     )
     framework = text(row, "framework").split()[0].lower()
     number(row, "devices")
-    return built_in(text(row, "model"))[1], machine(text(row, "device")), server(framework), load
+    return (
+        built_in(text(row, "model"))[1],
+        machine(text(row, "device")),
+        servers.get(framework) or server(framework),
+        load,
+    )
 
 
 def _split(row: Row) -> tuple[float, float]:

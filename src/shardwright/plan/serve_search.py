@@ -23,8 +23,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RESERVED = 2e9
 """Bytes of context and communication buffers on each rank."""
 
-WEIGHT_BYTES = 2
-
 
 def plan_serving(
     model: str, blocks: Blocks, cluster: Cluster, load: Load, server: Server, latency_s: float | None
@@ -34,14 +32,14 @@ def plan_serving(
     latency_s: the most a token may take after the first, or None.
     """
     started = time.perf_counter()
-    machine, shared = machine_of(cluster, blocks, WEIGHT_BYTES, "bandwidth")
+    machine, shared = machine_of(cluster, blocks, float(cluster.machines[0].width), "bandwidth")
     tp, pp, dp, batch = serving_splits(cluster.size, int(machine.per_node), int(blocks.layers), BATCHES)
     if shared:
         tp, pp, dp, batch = (column[dp == 1] for column in (tp, pp, dp, batch))
     load = Load(input=load.input, output=load.output, batch=batch, fp8=load.fp8 + 0 * tp)
     stage = Stage(blocks=blocks, machine=machine, server=server, tp=tp, pp=pp)
     seen = service(stage, load)
-    held = serving_memory(blocks, load, tp, pp, 0 * pp)
+    held = serving_memory(stage, load, 0 * pp)
     late = np.zeros(len(tp), bool) if latency_s is None else seen.per_token > latency_s
     fits = held.total <= machine.memory
     good = fits & ~late
@@ -51,9 +49,11 @@ def plan_serving(
     best = int(order[0]) if good[order[0]] else None
     why = _Why(machine, seen, held, fits, late, rate, latency_s)
     chosen = _shapes(layouts, order)
-    losers = tuple(Loser(layouts.at(i), why.of(i, best)) for i in chosen if i != best)[:SHOWN]
+    losers = [Loser(layouts.at(i), why.of(i, best)) for i in chosen if i != best][:SHOWN]
     winner = None if best is None else layouts.at(best)
-    stages = () if winner is None else by_kind(_of_stages(blocks, picked(load, best), winner), winner.pp)
+    stages = (
+        () if winner is None else by_kind(_of_stages(picked(stage, best), picked(load, best), winner.pp), winner.pp)
+    )
     return Found(
         model=model,
         cluster=cluster.name,
@@ -61,7 +61,7 @@ def plan_serving(
         best=winner,
         candidates=len(tp),
         search_s=time.perf_counter() - started,
-        losers=losers,
+        losers=tuple(losers),
         warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
         stages=stages,
         seconds={} if winner is None else _seconds(seen, winner, best),
@@ -69,14 +69,14 @@ def plan_serving(
     )
 
 
-def serving_memory(blocks: Blocks, load: Load, tp: Floats, pp: Floats, stage: Floats) -> Memory:
-    """Bytes a rank of that stage holds: weights, and the KV pages of all requests at their longest."""
-    share = work.busiest(blocks, tp)
-    parameters, layers = stage_parameters(blocks, share, pp, stage)
-    cache = load.batch * (load.input + load.output) * kv_bytes(share) * layers
+def serving_memory(stage: Stage, load: Load, at: Floats) -> Memory:
+    """Bytes a rank of pipeline stage `at` holds: weights, and the KV pages of all requests at their longest."""
+    share, width = work.busiest(stage.blocks, stage.tp), stage.machine.width
+    parameters, layers = stage_parameters(stage.blocks, share, stage.pp, at)
+    cache = load.batch * (load.input + load.output) * 2 * width * share.kv_heads * share.head_size * layers
     nothing = 0.0 * cache
     return Memory(
-        weights=np.where(load.fp8 > 0, 1, WEIGHT_BYTES) * parameters,
+        weights=np.where(load.fp8 > 0, 1, width) * parameters,
         gradients=nothing,
         optimiser=nothing,
         activations=cache,
@@ -84,11 +84,6 @@ def serving_memory(blocks: Blocks, load: Load, tp: Floats, pp: Floats, stage: Fl
         buffers=RESERVED + nothing,
         slack=nothing,
     )
-
-
-def kv_bytes(share: work.Share) -> Floats:
-    """Of one token's keys and values in one layer, bf16."""
-    return 2 * 2 * share.kv_heads * share.head_size
 
 
 class _Layouts:
@@ -164,10 +159,9 @@ def _shapes(layouts: _Layouts, order: np.ndarray) -> list[int]:
     return kept
 
 
-def _of_stages(blocks: Blocks, load: Load, winner: Layout) -> Memory:
-    stages = np.arange(winner.pp)
-    held = serving_memory(blocks, load, float(winner.tp), float(winner.pp), stages)
-    return Memory(**{kind: np.broadcast_to(value, winner.pp) for kind, value in held.__dict__.items()})
+def _of_stages(stage: Stage, load: Load, stages: int) -> Memory:
+    held = serving_memory(stage, load, np.arange(stages))
+    return Memory(**{kind: np.broadcast_to(value, stages) for kind, value in held.__dict__.items()})
 
 
 def _seconds(seen: Service, winner: Layout, at: int | None) -> dict[str, float]:

@@ -93,12 +93,12 @@ def _decode(stage: Stage, load: Load) -> tuple[Floats, Floats]:
     for m, n, k in work.products(share, rows):
         seconds = seconds + curves.product(machine, m, n, k, load.fp8) - machine.launch * (1 - server.launches)
     held = load.input + load.output / 2
-    cache = 2 * 2 * rows * held * share.kv_heads * share.head_size
+    cache = 2 * machine.width * rows * held * share.kv_heads * share.head_size
     seconds = seconds + curves.moved(machine, cache)
     wired = curves.links(machine, tp, np.ones_like(tp))
-    spoken = 2 * curves.all_reduce(machine, wired, work.activation_bytes(share, rows))
+    spoken = 2 * curves.all_reduce(machine, wired, _activations(machine, share, rows))
     head = curves.product(machine, *work.head_product(share, rows))
-    letters = (pp - 1) * curves.letter(machine, work.activation_bytes(share, rows), pp * tp > machine.per_node)
+    letters = (pp - 1) * curves.letter(machine, _activations(machine, share, rows), pp * tp > machine.per_node)
     return blocks.layers * (seconds + spoken) + head + letters + server.step, blocks.layers * spoken + letters
 
 
@@ -113,5 +113,10 @@ def _prefill(stage: Stage, load: Load) -> Floats:
     seconds = seconds + curves.attention(machine, seen, tokens, share.heads, share.head_size)
     seconds = seconds + curves.moved(machine, work.elementwise(share, tokens, 1 + 0 * tp)[0])
     wired = curves.links(machine, tp, np.ones_like(tp))
-    spoken = 2 * curves.all_reduce(machine, wired, work.activation_bytes(share, tokens))
+    spoken = 2 * curves.all_reduce(machine, wired, _activations(machine, share, tokens))
     return blocks.layers * (seconds + spoken) + curves.product(machine, *work.head_product(share, 1 + 0 * tokens))
+
+
+def _activations(machine: Machine, share: work.Share, tokens: Floats) -> Floats:
+    """Bytes of T x H in the machine's own format."""
+    return machine.width * tokens * share.hidden

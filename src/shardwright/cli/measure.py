@@ -1,0 +1,133 @@
+"""`shardwright measure`: what this machine can do, kept for plans.
+
+`measured_machine` is what `plan` and `--tp auto` ask; it measures when nothing is kept.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardwright.cli.options import with_options
+from shardwright.errors import FileError
+
+if TYPE_CHECKING:
+    from shardwright.plan.measured import Measured
+
+BEYOND = 1
+"""Ranks beyond the cores that are measured too: they take turns, and a plan should know what that costs."""
+
+MOST_COUNTS = 6
+"""Numbers of ranks that are measured: all up to there, then powers of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """The command line of `measure`."""
+
+    show: Annotated[bool, typer.Option("--show", help="Print what is kept instead of measuring.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False
+
+
+@with_options(MeasureOptions)
+def measure(options: MeasureOptions) -> None:
+    """Measure memory, products and collectives of this machine, rank by rank, and keep the figures.
+
+    Example:  shardwright measure
+    """
+    said = kept() if options.show else None
+    if options.show and said is None:
+        raise FileError(cache_file(), "nothing is kept there", "run shardwright measure")
+    said = said or measure_now()
+    if options.as_json:
+        print(json.dumps(said))
+    else:
+        _show(said)
+
+
+def measured_machine() -> "Measured":
+    """What is kept of this machine; measured now where nothing is."""
+    from shardwright.plan.measured import Measured
+
+    said = kept()
+    if said is None:
+        print("shardwright: measuring this machine, some ten seconds, once", file=sys.stderr)
+        said = measure_now()
+    return Measured.of(said)
+
+
+def cache_file() -> Path:
+    """Where figures are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "shardwright" / "machine.json"
+
+
+def kept() -> dict[str, Any] | None:
+    """The figures kept, or None where there are none, or of another number of cores, or damaged."""
+    from shardwright.plan.measured import Measured
+
+    try:
+        said: dict[str, Any] = json.loads(cache_file().read_text("utf-8"))
+        return said if Measured.of(said).cores == _cores() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def measure_now() -> dict[str, Any]:
+    """Fork ranks, 1, 2, … and one more than there are cores, have them measure together, and keep what they find."""
+    from shardwright.comm.job import Job
+    from shardwright.profile.machine import measure_rank
+
+    ranks: dict[str, list[dict[str, float]]] = {}
+    for n in counts(_cores()):
+        rows: list[dict[str, float]] = []
+        with Job(n, measure_rank) as job:
+            while len(rows) < n and (message := job.receive()) is not None:
+                rows.append(message["figures"])
+        ranks[str(n)] = sorted(rows, key=lambda row: float(row["rank"]))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = {"cores": _cores(), "memory": memory, "ranks": ranks}
+    _keep(said)
+    return said
+
+
+def counts(cores: int) -> list[int]:
+    """The numbers of ranks to measure."""
+    small = list(range(1, min(cores + BEYOND, MOST_COUNTS) + 1))
+    powers = [1 << i for i in range(3, 9) if MOST_COUNTS < 1 << i <= cores]
+    return sorted({*small, *powers, cores})
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _keep(said: dict[str, Any]) -> None:
+    """Written beside and renamed, so that no reader sees half of it; a place that cannot be written is no failure."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(said), "utf-8")
+        beside.rename(path)
+    except OSError as error:
+        print(f"shardwright: {path} cannot be written: {error.strerror}; measured again next time", file=sys.stderr)
+
+
+def _show(said: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("ranks", "rank", "memory, GB/s", "products, GFLOP/s", "all-reduce 2.3 kB, µs", "4 MiB, ms"):
+        table.add_column(heading)
+    for n, rows in said["ranks"].items():
+        for row in rows:
+            figures = (row["bandwidth"] / 1e9, row["gemm"] / 1e9, row["small_s"] * 1e6, row["large_s"] * 1e3)
+            table.add_row(n, f"{row['rank']:.0f}", *(f"{figure:.1f}" for figure in figures))
+    Console().print(table)
+    print(f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; kept in {cache_file()}")

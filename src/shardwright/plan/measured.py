@@ -1,0 +1,106 @@
+"""This machine as the planner sees it: from what its ranks measured to `Machine`s, and the split it decodes fastest at.
+
+Decides how figures become curve constants. Measures nothing (`profile.machine` does) and reads no file.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shardwright.errors import UsageError
+from shardwright.plan.blocks import Blocks
+from shardwright.plan.curves import Machine
+from shardwright.plan.hardware import Cluster, curve_constants
+from shardwright.plan.serving import Load, Stage, server, service
+
+ALIKE = 0.15
+"""Ranks whose speeds differ by less are planned as equal: a rerun differs by as much."""
+
+LARGE_BYTES, SMALL_BYTES = 4 << 20, 4 * 576
+"""Of the two all-reduces that are measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """ranks: for each number of ranks that measured together, their figures (`profile.machine.RankFigures`) in rank
+    order · memory: bytes of the whole machine · cores: that this process may use.
+    """
+
+    cores: int
+    memory: int
+    ranks: Mapping[int, Sequence[Mapping[str, float]]]
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> "Measured":
+        """From a cache's JSON.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not one.
+        """
+        table = {int(n): [{k: float(v) for k, v in row.items()} for row in rows] for n, rows in said["ranks"].items()}
+        if not table or any(len(rows) != n or min(map(_least, rows)) < 0 for n, rows in table.items()):
+            raise ValueError("figures are missing")
+        return cls(int(said["cores"]), int(said["memory"]), table)
+
+
+def _least(row: Mapping[str, float]) -> float:
+    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "large_s"))
+
+
+def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
+    """Each rank's machine while so many run; the slowest one's for all where they are alike.
+
+    Raises:
+        UsageError: so many have not been measured.
+    """
+    if ranks not in measured.ranks:
+        known = ", ".join(map(str, sorted(measured.ranks)))
+        raise UsageError("tp", ranks, f"this machine was measured with {known} ranks", "choose one of these")
+    rows = measured.ranks[ranks]
+    speeds = [row["bandwidth"] for row in rows]
+    if min(speeds) > (1 - ALIKE) * max(speeds):
+        rows = [{k: (max if k.endswith("_s") else min)(row[k] for row in rows) for k in rows[0]}] * ranks
+    return tuple(_machine(measured, ranks, row) for row in rows)
+
+
+def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machine:
+    """Latency is the small all-reduce's; the links' rate is what the large one then leaves."""
+    share = 2 * (ranks - 1) / ranks
+    latency = row["small_s"] if ranks > 1 else 0.0
+    rate = share * LARGE_BYTES / max(row["large_s"] - latency, 1e-9) if ranks > 1 else 1e12
+    constants = curve_constants("cpu") | {"latency": latency}
+    return Machine(
+        memory=measured.memory / ranks,
+        bandwidth=row["bandwidth"],
+        bf16=row["gemm"],
+        fp8=row["gemm"],
+        processors=1,
+        intra=rate,
+        inter=rate,
+        per_node=ranks,
+        **constants,
+    )
+
+
+def cluster(measured: Measured) -> Cluster:
+    """This machine: a device for each core."""
+    return Cluster("this machine", ("core",) * measured.cores, machines(measured, measured.cores))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number of ranks, and the tokens a second that are predicted for each number."""
+
+    tp: int
+    tokens_per_s: Mapping[int, float]
+
+
+def fastest_decode(blocks: Blocks, measured: Measured, prompt: int, output: int) -> Choice:
+    """The tensor parallelism that decodes one request fastest here, of all that were measured."""
+    speeds = {}
+    for tp in sorted(measured.ranks):
+        slowest = min(machines(measured, tp), key=lambda machine: machine.bandwidth)
+        load = Load(input=float(prompt), output=float(output), batch=1.0, fp8=0.0)
+        stage = Stage(blocks=blocks, machine=slowest, server=server("shardwright"), tp=float(tp), pp=1.0)
+        speeds[tp] = float(1 / service(stage, load).per_token)
+    return Choice(max(speeds, key=lambda tp: speeds[tp]), speeds)

@@ -1,0 +1,59 @@
+"""From a machine's figures to plans for it."""
+
+from typing import Any
+
+import pytest
+
+from shardwright.errors import UsageError
+from shardwright.plan.blocks import built_in
+from shardwright.plan.layouts import plan_layout
+from shardwright.plan.measured import Measured, cluster, fastest_decode, machines
+
+SMOLLM = built_in("smollm2-135m")[1]
+
+
+def said(*bandwidths: tuple[float, ...]) -> dict[str, Any]:
+    rows = {
+        str(len(group)): [
+            {"rank": at, "bandwidth": speed, "gemm": 1e11, "small_s": 1e-5, "large_s": 1e-3}
+            for at, speed in enumerate(group)
+        ]
+        for group in bandwidths
+    }
+    return {"cores": 2, "memory": 16 << 30, "ranks": rows}
+
+
+def test_two_cores_that_do_not_disturb_each_other_decode_faster_than_one() -> None:
+    """One rank reads 538 MB of float32 a token at 15 GB/s: 27.5 tokens/s. Two read half each."""
+    choice = fastest_decode(SMOLLM, Measured.of(said((15e9,), (15e9, 15e9))), 8, 64)
+    assert choice.tp == 2
+    assert choice.tokens_per_s[1] == pytest.approx(27.5, rel=0.05)
+    assert 1.6 < choice.tokens_per_s[2] / choice.tokens_per_s[1] < 2
+
+
+def test_two_cores_that_share_one_memory_do_not() -> None:
+    assert fastest_decode(SMOLLM, Measured.of(said((15e9,), (7e9, 7e9))), 8, 64).tp == 1
+
+
+def test_a_busy_core_shows_and_takes_less() -> None:
+    alike = cluster(Measured.of(said((15e9,), (14e9, 15e9))))
+    assert alike.uniform
+    busy = cluster(Measured.of(said((15e9,), (5e9, 15e9))))
+    assert not busy.uniform
+    best = plan_layout("smollm2-135m", busy).best
+    assert best is not None
+    assert best.shares == pytest.approx((0.25, 0.75))
+
+
+def test_what_is_not_measured_is_refused() -> None:
+    measured = Measured.of(said((15e9,), (15e9, 15e9)))
+    with pytest.raises(UsageError, match="measured with 1, 2 ranks"):
+        machines(measured, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"ranks": {}}, {"cores": 1, "memory": 1, "ranks": {"2": []}}, {"ranks": {"1": [{}]}}]
+)
+def test_a_damaged_cache_is_none(wrong: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Measured.of(wrong)
