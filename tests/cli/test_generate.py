@@ -110,7 +110,7 @@ WRONG = [
     (("--tp", "0", "hi"), 2, "tp=0: tensor parallelism needs at least one rank; try --tp 1"),
     (("--tp", "-3", "hi"), 2, "tp=-3: "),
     (("--tp", "9999", "hi"), 2, "tp=9999: one host runs at most 256 ranks"),
-    (("--tp", "two", "hi"), 2, "Invalid value for '--tp'"),
+    (("--tp", "two", "hi"), 2, "tp=two: it is a number of ranks, or auto; try --tp 2"),
     ((), 2, "Missing argument"),
     (("--bogus", "hi"), 2, "No such option: --bogus"),
     (("",), 2, "prompt='': there is nothing to continue"),
