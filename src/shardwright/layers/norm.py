@@ -112,7 +112,7 @@ class WideQKNorm(ParallelLayer):
         weights = torch.split(self.weight.view(-1, self.head_size), [q.shape[1], k.shape[1]])
         totals = (self.heads.heads * self.head_size, self.heads.kv_heads * self.head_size)
         normed = [
-            (x * torch.rsqrt(squares[:, i] / total + self.eps)[:, None, None]).to(q.dtype) * weight
+            (x * torch.rsqrt(squares[:, i] / total + self.eps)[:, None, None] * weight).to(q.dtype)
             for i, (x, total, weight) in enumerate(zip(wide, totals, weights, strict=True))
         ]
         return normed[0], normed[1]
