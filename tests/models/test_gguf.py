@@ -149,7 +149,8 @@ def test_a_cut_inside_a_quantised_block_reads_only_the_blocks_it_needs(saved: An
     (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rotary scaling"),
     (lambda w: w.add_rope_scaling_factor(4.0), "rotary scaling"),
     (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), "rotary scaling"),
-    (lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)), "rotary scaling"),
+    (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 3, dtype=np.float32)), "is not how Llama 3 stretches"),
+    (lambda w: w.add_tensor("rope_freqs.weight", np.full(7, 8, dtype=np.float32)), "is not how Llama 3 stretches"),
     (lambda w: w.add_rope_dimension_count(8), "only 8 of 16 dims of a head are rotated"),
 ])  # fmt: skip
 def test_another_rotation_is_refused(saved: Any, tmp_path: Path, extra: Extra, said: str) -> None:
@@ -157,6 +158,24 @@ def test_another_rotation_is_refused(saved: Any, tmp_path: Path, extra: Extra, s
     write(tmp_path / "model.gguf", "llama", twin, Type.F32, extra)
     with pytest.raises(UnsupportedError, match=said):
         load(tmp_path / "model.gguf", SingleGroup())
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3_stretches_its_rotation_by_factors_of_the_file(saved: Any, tmp_path: Path, factor: float) -> None:
+    """As llama.cpp's converter computes them, from the base frequencies alone."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    twin, _ = saved("llama", **SIZES | {"head_dim": 64, "max_position_embeddings": 131_072, "rope_parameters": rope})
+    waves = 2 * np.pi * 5e5 ** (np.arange(0, 64, 2) / 64)
+    smooth = np.clip((8192 / waves - 1.0) / (4.0 - 1.0), 0, 1)
+    factors = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    assert len({round(float(value), 3) for value in factors}) > 4
+    path = tmp_path / "model.gguf"
+    write(path, "llama", twin, Type.F32, lambda w: w.add_tensor("rope_freqs.weight", factors))
+    with torch.no_grad():
+        expected = torch.cat([twin(torch.tensor([text])).logits[0] for text in TEXTS])
+    for logits, *_ in on_threads(3, logits_of, path):
+        assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_rotation_said_to_be_plain_is_no_scaling(saved: Any, tmp_path: Path) -> None:

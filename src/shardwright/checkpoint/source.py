@@ -5,6 +5,7 @@ Decides that a tensor is looked up by name and must have the shape the table say
 """
 
 import os
+import struct
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -78,6 +79,24 @@ class Checkpoint:
             for dim, (start, stop) in enumerate(piece.local_ranges):
                 view = view.narrow(dim, start, stop - start)
             self.read(piece, view)
+
+    def floats(self, name: str) -> tuple[float, ...]:
+        """The values of a short float32 vector that a config is made of, read without torch.
+
+        Raises:
+            FileError: it is something else.
+        """
+        stored = self.entries[name]
+        if (
+            not isinstance(stored, Plain)
+            or stored.dtype != "float32"
+            or len(stored.shape) != 1
+            or stored.shape[0] > 4096
+        ):
+            problem = f"tensor {quoted(name)} is {stored.dtype} {list(stored.shape)}, no short vector of float32"
+            raise FileError(stored.path, problem, "convert the model again")
+        raw = stored.file.read(stored.entry.offset, stored.entry.nbytes)
+        return struct.unpack(f"<{stored.shape[0]}f", raw)
 
     def adds_nothing(self, name: str) -> bool:
         """Whether it is a bias of zeros beside a packed weight: tools write one for layers that have none."""

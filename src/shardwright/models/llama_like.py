@@ -49,6 +49,7 @@ LLAMA = Family(
     gguf=Naming(
         names=GGUF,
         transforms={"layers.{i}.attention.qkv.q": "rope_unpermute", "layers.{i}.attention.qkv.k": "rope_unpermute"},
+        ignored=("rope_freqs.weight",),  # read with the config
     ),
 )
 

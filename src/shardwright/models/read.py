@@ -6,6 +6,8 @@ forms are brought to Hugging Face's names and checked by the family's schema. Kn
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from math import isclose
 from typing import Any
 
 from pydantic import ValidationError
@@ -31,6 +33,12 @@ RENAMED = {
     "rope_theta": "rope.freq_base",
 }
 """Hugging Face's key → GGUF's, behind the architecture's name and a dot."""
+
+FACTORS = "rope_freqs.weight"
+"""Where a GGUF Llama keeps what each rotary frequency is divided by."""
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What all of Llama 3.1 to 3.3 have in common; the factor is 8 or 32."""
 
 MAX_HEADS = 100_000
 """Heads of all layers: the table of who holds what has a row for each. MT-NLG, with the most, has 40,000."""
@@ -76,10 +84,13 @@ def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     tokens = said.get("tokenizer.ggml.tokens")
     if "vocab_size" not in values and isinstance(tokens, tuple):
         values["vocab_size"] = len(tokens)
+    stretch = checkpoint.floats(FACTORS) if FACTORS in checkpoint.entries else ()
+    if stretch:
+        values["rope_scaling"] = {"rope_type": "llama3", "factor": max(stretch), **LLAMA3}
     schema = _validated(family.schema, values, checkpoint.path, keys)
     plain = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1)}
     scaled = [key for key, values in plain.items() if said.get(f"{architecture}.{key}", values[0]) not in values]
-    if scaled or "rope_freqs.weight" in checkpoint.entries:
+    if scaled:
         raise UnsupportedError(
             f"{checkpoint.path}: rotary scaling in a GGUF file is not supported; use its safetensors"
         )
@@ -88,7 +99,17 @@ def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
         raise UnsupportedError(f"{checkpoint.path}: only {turned} of {schema.head_size} dims of a head are rotated")
     tied = family.gguf.names["head"] + ".weight" not in checkpoint.entries
     config = _config(family, schema, checkpoint.path, tied)
+    if stretch:
+        _check_stretch(config, stretch, checkpoint.path)
     return _with_dtype(config, checkpoint, family.gguf), family.gguf
+
+
+def _check_stretch(config: ModelConfig, stretch: tuple[float, ...], path: str) -> None:
+    """Only Llama 3's stretch is known by its factors; 1e-5, since the file has them in float32."""
+    plain = replace(config, rope_scaling=None).rope_frequencies()
+    expected = [base / ours for base, ours in zip(plain, config.rope_frequencies(), strict=True)]
+    if len(expected) != len(stretch) or not all(map(partial(isclose, rel_tol=1e-5), expected, stretch)):
+        raise UnsupportedError(f"{path}: {FACTORS} is not how Llama 3 stretches its rotation; use its safetensors")
 
 
 def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfig:
