@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shardwright.cli.options import with_options
-from shardwright.errors import FileError, UsageError
+from shardwright.errors import FileError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,11 @@ def parallelize(options: ParallelizeOptions) -> None:
 def _model(path: Path) -> "nn.Module":
     """The model of a directory on the meta device: no weight is read."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+    except ImportError as error:
+        raise UnsupportedError("this command builds the model with transformers; pip install transformers") from error
 
     if not (path / "config.json").is_file():
         raise FileError(path, "there is no config.json", "pass a Hugging Face directory")

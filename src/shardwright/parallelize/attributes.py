@@ -21,7 +21,8 @@ from shardwright.parallelize.flow import Flow
 from shardwright.parallelize.placement import Placement
 from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace, integers, on_meta, owner
 
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, UnsupportedError)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model's own code may raise at sizes it was not made for."""
 
 Place = tuple[int, int]
 """(number of a torch call, position among the integers of its arguments)."""
@@ -136,7 +137,7 @@ def _reaches(module: nn.Module, call: ModuleCall, trace: Trace) -> list[Reach]:
         try:
             with again:
                 alone(*arguments, **keywords)
-        except FAILURES:  # whatever a model raises at another size, the attribute is of no use
+        except (*FAILURES, UnsupportedError):  # whatever a model raises at another size, the attribute is of no use
             continue
         finally:
             _assign(alone, path, value)

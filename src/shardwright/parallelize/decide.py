@@ -66,7 +66,7 @@ def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
     for chain in sorted((c for c in chains if c.granules), key=lambda chain: _price(chain, trace, nodes)):
         reason = _reluctance(chain, nodes)
         if not reason and (clash := {name for name, _ in taken} & set(chain.parameters)):
-            reason = f"{min(clash)} is cut along its other dim, which moves less"
+            reason = f"with it {min(clash)} would be cut along its other dim, which moves more"
         if reason:
             whole |= dict.fromkeys(chain.parameters, reason)
             continue

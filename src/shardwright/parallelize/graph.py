@@ -16,21 +16,26 @@ from shardwright.comm import regions
 from shardwright.comm.group import Group
 from shardwright.layers.dropout import Dropout
 from shardwright.parallelize.constants import constants
+from shardwright.parallelize.flow import named
 from shardwright.parallelize.labels import varying
 from shardwright.parallelize.placement import Placement
 from shardwright.parallelize.planning import Planned
 from shardwright.parallelize.sites import differentiable, parameter_of
-from shardwright.parallelize.trace import Trace
+from shardwright.parallelize.trace import Like, Trace
 
 _aten = torch.ops.aten
 
 
 @final
 class TracedModel(nn.Module):
-    """A module with the parameters of `part` under their names, which runs `program`."""
+    """A module with the parameters of `part` under their names, which runs `program`.
 
-    def __init__(self, part: nn.Module, program: GraphModule) -> None:
+    fixed: keywords that were no tensors when the model was traced; they are part of the graph.
+    """
+
+    def __init__(self, part: nn.Module, program: GraphModule, fixed: Mapping[str, Any]) -> None:
         super().__init__()
+        self.fixed = dict(fixed)
         for name, child in part.named_children():
             self.add_module(name, child)
         for name, parameter in part.named_parameters(recurse=False):
@@ -47,7 +52,7 @@ class TracedModel(nn.Module):
         for child in program.children():
             if child is not self:
                 child.train(self.training)
-        return program(*arguments, **keywords)
+        return program(*arguments, **(self.fixed | keywords))
 
 
 @final
@@ -71,10 +76,18 @@ def traced_model(part: nn.Module, trace: Trace, planned: Planned, group: Group, 
     nodes = {node.name: node for node in program.graph.nodes}
     flow, placement = planned.decision.flow, planned.placement
     for node in trace.graph.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and node.name in nodes:
             wanted = {at: want(placement, group.rank) for at, (_, want) in constants(flow, node).items()}
             here = nodes[node.name]
             here.args = tuple(_replaced(here.args, iter(range(1 << 20)), wanted))
+            made = flow.values[node]
+            if node.target is _aten.split.Tensor and made is not None:  # by one size, a part of none would be missing
+                dim = named(node).get("dim", 0)
+                sizes = [placement.size(x, group.rank)[dim] for x in made]
+                here.target, here.args = _aten.split_with_sizes.default, (here.args[0], sizes, dim)
+            views = ("aten.view.", "aten.reshape.", "aten._unsafe_view.")
+            if str(node.target).startswith(views) and isinstance(made, Tensor):
+                here.args = (here.args[0], list(placement.size(made, group.rank)))  # of no element -1 says nothing
     _draw(program, trace, planned, group)
     for name, operand in dict.fromkeys(flow.findings.entries):
         original = next(node for node in trace.graph.graph.nodes if node.name == operand)
@@ -92,7 +105,7 @@ def traced_model(part: nn.Module, trace: Trace, planned: Planned, group: Group, 
             whole = _after(program, nodes[name], Collective("gather", group, name, dim, widths))
             output = next(iter(reversed(program.graph.nodes)))
             output.replace_input_with(nodes[name], whole)
-    traced = TracedModel(part, program)
+    traced = TracedModel(part, program, {k: v for k, v in trace.inputs[1].items() if not isinstance(v, Like)})
     program.graph.lint()
     program.recompile()
     return traced

@@ -13,6 +13,7 @@ from shardwright.parallelize.attention import calls_the_interface
 from shardwright.parallelize.attributes import Demands, Settings, demands, solve
 from shardwright.parallelize.chains import Chain
 from shardwright.parallelize.decide import Decision, decide
+from shardwright.parallelize.labels import varying
 from shardwright.parallelize.placement import Placement, ranges
 from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
 from shardwright.parallelize.sites import Sites, sites
@@ -35,6 +36,7 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
     """The plan that the flow of data gives. obstacle: why the modules' own code cannot run, if that is known."""
     decision = decide(trace)
     placement = Placement(decision, ranks)
+    _check_picks(trace, decision, placement)
     indexed = _by_index(model, trace, placement)
     if indexed:
         placement = Placement(decision, ranks, copies=False)
@@ -57,6 +59,7 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
         indexed,
         runs,
+        _notes(model, trace) if runs == MODULES else (),
     )
     dropouts = {
         owner(node): decision.flow.values[node]
@@ -64,6 +67,43 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         if str(node.target) == "aten.dropout.default" and decision.flow.values[node] is not None
     }
     return Planned(plan, decision, placement, places, settings, dropouts)
+
+
+def _check_picks(trace: Trace, decision: Decision, placement: Placement) -> None:
+    """An index by numbers of the trace must find the same places on every rank."""
+    flow = decision.flow
+    for node in trace.graph.graph.nodes:
+        labels = flow.values.get(node.args[0]) if str(node.target) == "aten.index.Tensor" else None
+        if not isinstance(labels, Tensor):
+            continue
+        picks = [(dim, flow.constants[x]) for dim, x in enumerate(node.args[1]) if x in flow.constants]
+        for dim, numbers in ((dim, x) for dim, x in picks if dim in varying(labels)):
+            size = labels.shape[dim]
+            for rank in range(placement.ranks):
+                held = placement.held_along(labels, dim, rank).tolist()
+                for number in numbers.reshape(-1).tolist():
+                    at = number if number >= 0 else len(held) + number
+                    if not 0 <= at < len(held) or held[at] != number % size:
+                        parts = min(len(chain.granules) for chain in decision.chains)
+                        raise UnsupportedError(
+                            f"tp={placement.ranks}: {node.name} picks place {number} of {size}, which rank {rank} lacks; "
+                            f"use at most {parts} ranks"
+                        )
+
+
+def _notes(model: nn.Module, trace: Trace) -> tuple[str, ...]:
+    """Random numbers that stay torch's own."""
+    modules = dict(model.named_modules())
+    drawing = [
+        owner(node)
+        for node in trace.graph.graph.nodes
+        if str(node.target) == "aten.dropout.default"
+        and node.args[1]
+        and not isinstance(modules[owner(node)], nn.Dropout)
+    ]
+    if not drawing:
+        return ()
+    return (f"dropout by function in {drawing[0]}: each rank draws its own in training; set its probability to 0",)
 
 
 def _by_index(model: nn.Module, trace: Trace, placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:
