@@ -119,12 +119,18 @@ def _obstacle(findings: Findings, classes: Classes, sources: tuple[Source, ...],
 
 
 def _blamed(findings: Findings, classes: Classes, sources: tuple[Source, ...]) -> str:
-    mine = np.unique(np.concatenate([classes.of[one.start : one.start + one.size] for one in sources]))
+    """The node that first needed these labels together, or, if none did, labels of the same owner."""
+    own = np.concatenate([np.arange(one.start, one.start + one.size) for one in sources])
+    kin = np.unique(classes.of[own])
+    related = ""
     for node, labels in findings.united.items():
         flat = labels.numpy().reshape(-1)
-        if np.isin(classes.of[flat[flat >= 0]], mine).any():
+        flat = flat[flat >= 0]
+        if np.isin(flat, own).any():
             return node
-    return ""
+        if not related and np.isin(classes.of[flat], kin).any():
+            related = node
+    return related
 
 
 def _groups(findings: Findings, classes: Classes, start: Ints, size: list[int]) -> Ints:

@@ -139,9 +139,12 @@ class CopyHook:
     def __init__(self, group: Group, tag: str) -> None:
         self.group, self.tag = group, tag
 
-    def before(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """On a module's input."""
-        return (regions.copy(arguments[0], self.group, self.tag), *arguments[1:])
+    def before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """On a module's input: its first argument, whichever way it is passed."""
+        if arguments:
+            return (regions.copy(arguments[0], self.group, self.tag), *arguments[1:]), keywords
+        name = next(name for name, value in keywords.items() if isinstance(value, Tensor))
+        return arguments, keywords | {name: regions.copy(keywords[name], self.group, self.tag)}
 
     def after(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         """On a module's output."""

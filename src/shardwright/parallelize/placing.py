@@ -83,7 +83,7 @@ def hook(part: nn.Module, planned: Planned, group: Group) -> None:
         part.get_submodule(path).register_forward_hook(CopyHook(group, path).after)
     for path in places.inputs:
         if path not in gathered:
-            part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before)
+            part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before, with_kwargs=True)
 
 
 def watch(part: nn.Module, planned: Planned, traced: Trace, group: Group) -> None:

@@ -85,10 +85,8 @@ def _check_picks(trace: Trace, decision: Decision, placement: Placement) -> None
                     at = number if number >= 0 else len(held) + number
                     if not 0 <= at < len(held) or held[at] != number % size:
                         parts = min(len(chain.granules) for chain in decision.chains)
-                        raise UnsupportedError(
-                            f"tp={placement.ranks}: {node.name} picks place {number} of {size}, which rank {rank} lacks; "
-                            f"use at most {parts} ranks"
-                        )
+                        lacking = f"{node.name} picks place {number} of {size}, which rank {rank} lacks"
+                        raise UnsupportedError(f"tp={placement.ranks}: {lacking}; use at most {parts} ranks")
 
 
 def _notes(model: nn.Module, trace: Trace) -> tuple[str, ...]:
