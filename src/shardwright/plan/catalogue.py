@@ -17,15 +17,19 @@ def read(name: str) -> dict[str, dict[str, Any]]:
 
 
 def resolve(table: Table, wanted: str, what: str) -> str:
-    """The key of a name or one of its aliases, whatever its case.
+    """The key of a name or one of its aliases; case does not matter, and blanks and underscores are dashes.
 
     Raises:
         UsageError: there is none; the near ones are listed.
     """
-    names = {alias: key for key, row in table.items() for alias in (key, *row.get("aliases", ()))}
-    found = names.get(wanted.lower())
+    names = {_plain(alias): key for key, row in table.items() for alias in (key, *row.get("aliases", ()))}
+    found = names.get(_plain(wanted))
     if found is None:
-        near = get_close_matches(wanted.lower(), names, n=4, cutoff=0.45)
+        near = get_close_matches(_plain(wanted), names, n=4, cutoff=0.45)
         remedy = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(sorted(table))}"
         raise UsageError(what, wanted, f"there is no such {what}", remedy)
     return found
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "-").replace("_", "-")

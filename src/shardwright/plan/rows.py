@@ -53,7 +53,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         FileError: it cannot be read or has no rows.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in csv.DictReader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(path, f"it cannot be read: {error}", "pass a CSV file with a header") from None
