@@ -1,13 +1,14 @@
-"""Where autograd meets communication: four pairs of a forward move and its conjugate backward move.
+"""Where autograd meets communication: a forward move and its conjugate backward move.
 
-=========  =======================  =======================
-region     forward                  backward
-=========  =======================  =======================
-copy       x on every rank          all-reduce of the gradients
-reduce     all-reduce               the gradient on every rank
-scatter    this rank's share        all-gather of the shares
-gather     all-gather of shares     this rank's share
-=========  =======================  =======================
+================  =======================  =======================
+region            forward                  backward
+================  =======================  =======================
+copy              x on every rank          all-reduce of the gradients
+reduce            all-reduce               the gradient on every rank
+scatter           this rank's share        all-gather of the shares
+gather            all-gather of shares     this rank's share
+sequence_scatter  reduce-scatter           all-gather of the shares
+================  =======================  =======================
 
 A column-parallel layer begins with `copy`. `Group` itself is not differentiable; beside these moves only the fused
 matmuls in `kernels` communicate and differentiate. `sum_gradients` is `copy` for a tensor of one's own. Backward calls
@@ -59,6 +60,11 @@ def scatter(x: Tensor, dim: int, sizes: Sequence[int], group: Group, tag: str = 
 def gather(x: Tensor, dim: int, sizes: Sequence[int], group: Group, tag: str = "") -> Tensor:
     """All ranks' shares joined along `dim`; what follows is alike on all ranks, so each keeps its share's gradient."""
     return _applied(_Gather, x, group, tag, dim, tuple(sizes))
+
+
+def sequence_scatter(x: Tensor, sizes: Sequence[int], group: Group, tag: str = "") -> Tensor:
+    """This rank's `sizes[rank]` rows of the sum of all ranks' `x`; the gradients of the rows are gathered."""
+    return _applied(_SequenceScatter, x, group, tag, tuple(sizes))
 
 
 def _applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -113,6 +119,19 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         return _share(gradient, ctx.dim, ctx.sizes, ctx.rank), None, None, None, None
+
+
+class _SequenceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, tag: str, sizes: tuple[int, ...]) -> Tensor:
+        ctx.group, ctx.tag, ctx.sizes = group, tag, sizes
+        return group.reduce_scatter(x, 0, sizes, tag=tag)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        whole = ctx.group.all_gather(gradient.contiguous(), 0, ctx.sizes, tag=f"{ctx.tag}/grad")
+        return whole, None, None, None
 
 
 def _share(x: Tensor, dim: int, sizes: tuple[int, ...], rank: int) -> Tensor:

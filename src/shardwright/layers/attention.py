@@ -1,5 +1,6 @@
 """Grouped-query attention over a flat batch, this rank's heads only."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from shardwright.kernels.attention import attention
 from shardwright.kernels.reference import rotary
 from shardwright.layers.batch import Batch
+from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
 from shardwright.layers.norm import WideQKNorm
@@ -28,7 +30,7 @@ class Scoring:
     cap: float = 0.0
 
 
-class _Attention(nn.Module):
+class _Attention(nn.Module, ABC):
     """Shared: each rank computes its query heads over the KV heads they need, and `out` sums over the ranks."""
 
     def __init__(self, qkv: QKVParallelLinear, out: RowParallelLinear, scoring: Scoring | None, turn: Turn) -> None:
@@ -40,19 +42,28 @@ class _Attention(nn.Module):
         self.kv_index = qkv.heads.kv_index(rank)
         self.scoring = scoring or Scoring(scale=self.head_size**-0.5)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.qkv(x).view(len(x), self.heads + 2 * self.kv_heads, self.head_size)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        return q, k, v
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
+        heads = flow.keep.core(lambda qkv: self._core(qkv, rope, batch, kv), self.qkv(x, flow.rows))
+        y: Tensor = self.out(heads, flow.rows)
+        return y
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: KVStore) -> Tensor:
+    def _core(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+        """`[T, (N_r + 2 K_r) D]` → `[T, N_r D]`: all that lies between the two products."""
+        heads = qkv.view(len(qkv), self.heads + 2 * self.kv_heads, self.head_size)
+        q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self._normed(q, k)
+        q, k = self.turn(q, *rope), self.turn(k, *rope)
         how, sequences = self.scoring, zip(batch.ranges, kv.extend(batch, k, v), strict=True)
         parts = [
             attention(q[start:stop], *past, self.kv_index, how.scale, how.window, how.cap)
             for (start, stop), past in sequences
         ] or [q]
-        y: Tensor = self.out(torch.cat(parts).reshape(len(q), self.heads * self.head_size))
-        return y
+        return torch.cat(parts).reshape(len(q), self.heads * self.head_size)
+
+    @abstractmethod
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Q and k before they are turned."""
 
 
 @final
@@ -74,10 +85,8 @@ class Attention(_Attention):
         super().__init__(qkv, out, scoring, turn)
         self.q_norm, self.k_norm = q_norm, k_norm
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        q, k, v = self._project(x)
-        return self._attend(self.turn(self.q_norm(q), *rope), self.turn(self.k_norm(k), *rope), v, batch, kv)
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), self.k_norm(k)
 
 
 @final
@@ -95,8 +104,6 @@ class WideNormAttention(_Attention):
         super().__init__(qkv, out, scoring, turn)
         self.qk_norm = qk_norm
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        q, k, v = self._project(x)
-        q, k = self.qk_norm(q, k)
-        return self._attend(self.turn(q, *rope), self.turn(k, *rope), v, batch, kv)
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        normed: tuple[Tensor, Tensor] = self.qk_norm(q, k)
+        return normed

@@ -1,46 +1,58 @@
-"""`Dropout` whose masks depend on (seed, name, step, global index), never on how the tensor is cut."""
+"""Dropout whose draws depend on (seed, name, step, global index) alone: the same at every split of tensors or data."""
 
-from typing import final
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from shardwright.errors import UsageError
 from shardwright.layers import random
 
 
-@final
-class Dropout(nn.Module):
-    """`nn.Dropout` with the same mask at every split: an element's fate is drawn from its place in the whole tensor.
+@dataclass(frozen=True)
+class Dropout:
+    """One step's dropout on the residual stream: elements are zeroed with probability `p`, the others scaled.
 
-    places: for each dim that is cut (counted from the end, negative) the places this rank holds and the whole size. The
-    step counts the calls in training mode.
+    seed, step: of the draws · first_row: the number, in the step's whole batch, of the first row of this forward's
+    batch. The mask is drawn again in the backward and never kept.
     """
 
-    def __init__(
-        self, p: float, name: str, *, seed: int = 0, places: dict[int, tuple[Tensor, int]] | None = None
-    ) -> None:
-        super().__init__()
-        self.p, self.name, self.seed, self.step = p, name, seed, 0
-        self.places = places or {}
+    p: float
+    seed: int
+    step: int
+    first_row: int = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [...]` → the same shape; in training an element is 0 with probability p, else grows by 1/(1 - p)."""
-        if not self.training or self.p == 0:
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise UsageError("dropout", self.p, "a probability below 1", "use 0 for none, 0.1 for a tenth")
+
+    @final
+    def __call__(self, x: Tensor, name: str, offset: int) -> Tensor:
+        """`x [rows, H]`, whose first row is number `offset` of the forward's batch; `name` says where in the model."""
+        if self.p == 0:
             return x
-        self.step += 1
-        keep = random.uniform(self.seed, self.name, self.step, self._index(x)) >= self.p
-        return torch.where(keep, x / (1 - self.p) if self.p < 1 else x, torch.zeros((), dtype=x.dtype, device=x.device))
+        y: Tensor = _Dropped.apply(x, self, name, offset)  # type: ignore[no-untyped-call]
+        return y
 
-    def _index(self, x: Tensor) -> Tensor:
-        """Each element's flat index in the whole tensor."""
-        index = torch.zeros((), dtype=torch.int64, device=x.device)
-        stride = 1
-        for dim in range(-1, -x.dim() - 1, -1):
-            places, size = self.places.get(dim, (torch.arange(x.shape[dim]), x.shape[dim]))
-            index = index + (places.to(x.device) * stride).view(-1, *[1] * (-1 - dim))
-            stride *= size
-        return index
+    @final
+    def mask(self, x: Tensor, name: str, offset: int) -> Tensor:
+        """0 or `1 / (1 - p)` for each element, of x's shape and dtype."""
+        rows, width = x.shape
+        first = (self.first_row + offset) * width
+        index = torch.arange(first, first + rows * width, device=x.device).view(rows, width)
+        kept = random.uniform(self.seed, f"dropout.{name}", self.step, index) >= self.p
+        return kept.to(x.dtype) / (1 - self.p)
 
-    def extra_repr(self) -> str:
-        """Its probability and what keys its masks."""
-        return f"p={self.p}, name={self.name}"
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout: Dropout, name: str, offset: int) -> Tensor:
+        ctx.dropout, ctx.name, ctx.offset = dropout, name, offset
+        return x * dropout.mask(x, name, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return dy * ctx.dropout.mask(dy, ctx.name, ctx.offset), None, None, None

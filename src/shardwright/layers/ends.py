@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardwright.comm.group import Group
 from shardwright.layers.layer import ParallelLayer
 from shardwright.layout import sharding
-from shardwright.layout.spec import Specs
+from shardwright.layout.spec import Gradient, Specs
 
 
 @final
@@ -38,15 +38,28 @@ class ScaledEmbedding(nn.Module):
 
 @final
 class LearnedPositions(ParallelLayer):
-    """A table `[P, H]` whose row `offset + position` is added; whole on every rank (GPT-2, OPT)."""
+    """A table `[P, H]` whose row `offset + position` is added; whole on every rank (GPT-2, OPT).
 
-    def __init__(self, rows: int, hidden: int, group: Group, *, offset: int = 0, name: str = "positions") -> None:
+    gradient: `partial` where each rank adds it to its own rows only (`layers.rows`).
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        hidden: int,
+        group: Group,
+        *,
+        offset: int = 0,
+        gradient: Gradient = "whole",
+        name: str = "positions",
+    ) -> None:
         super().__init__(group, name)
-        self.rows, self.hidden, self.offset = rows, hidden, offset
+        self.rows, self.hidden, self.offset, self.gradient = rows, hidden, offset, gradient
         self._build()
 
     def _specs(self, rank: int, dtype: str) -> Specs:
-        return sharding.replicated({"weight": (self.rows, self.hidden)}, self.group.size, dtype=dtype)
+        sizes = {"weight": (self.rows, self.hidden)}
+        return sharding.replicated(sizes, self.group.size, gradient=self.gradient, dtype=dtype)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """`x [T, H]`, `positions [T]` int64 → `[T, H]`."""

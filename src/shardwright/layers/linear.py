@@ -6,14 +6,13 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.comm import regions
 from shardwright.comm.group import Group
-from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
 from shardwright.layers.layer import ParallelLayer
+from shardwright.layers.rows import WHOLE, Rows
 from shardwright.layout import sharding
 from shardwright.layout.heads import HeadPartition
 from shardwright.layout.partition import Partition
-from shardwright.layout.spec import Specs
+from shardwright.layout.spec import Gradient, Specs
 
 
 @final
@@ -41,9 +40,9 @@ class ReplicatedLinear(ParallelLayer):
 class _ColumnLinear(ParallelLayer):
     """Shared by the column-parallel linears: the input is alike on all ranks, the output is this rank's part."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [T, I]` → `y_r [T, O_r]`."""
-        return F.linear(regions.copy(x, self.group, self.name), self.weight, self.bias)
+    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
+        """`x [T, I]`, or this rank's rows of it → `y_r [T, O_r]`."""
+        return rows.enter(x, self.weight, self.bias, self.group, self.name)
 
 
 @final
@@ -60,6 +59,8 @@ class ColumnParallelLinear(_ColumnLinear):
 
     forward:   y_r = x @ w_r.T + b_r        nothing moves
     backward:  dx = all_reduce(dy_r @ w_r);  dw_r = dy_r.T @ x;  db_r = sum_T dy_r        one all-reduce of T x I
+
+    dw_r and db_r are computed while dx is on its way. With `SharedRows` x is dealt out by rows (`layers.rows`).
     """
 
     def __init__(
@@ -140,20 +141,30 @@ class RowParallelLinear(ParallelLayer):
     forward:   y = all_reduce(x_r @ w_r.T) + b        one all-reduce of T x O
     backward:  dx_r = dy @ w_r;  dw_r = dy.T @ x_r;  db = sum_T dy        nothing moves
 
-    The bias is added after the reduce, so it counts once however many ranks there are.
+    The bias is added after the reduce, so it counts once however many ranks there are. gradient: of the bias, `partial`
+    where y is dealt out by rows (`layers.rows`).
     """
 
     def __init__(
-        self, in_features: Partition, out_features: int, group: Group, *, bias: bool = False, name: str = "linear"
+        self,
+        in_features: Partition,
+        out_features: int,
+        group: Group,
+        *,
+        bias: bool = False,
+        gradient: Gradient = "whole",
+        name: str = "linear",
     ) -> None:
         super().__init__(group, name, in_features)
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
+        self.gradient = gradient
         self._build()
 
     def _specs(self, rank: int, dtype: str) -> Specs:
-        return sharding.row_linear(self.in_features, self.out_features, rank, bias=self.has_bias, dtype=dtype)
+        sizes = self.in_features, self.out_features
+        return sharding.row_linear(*sizes, rank, bias=self.has_bias, gradient=self.gradient, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x_r [T, I_r]` → `y [T, O]`."""
-        y = matmul_all_reduce(x, self.weight.T, self.group, tag=self.name)
+    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
+        """`x_r [T, I_r]` → `y [T, O]`, or this rank's rows of it."""
+        y = rows.leave(x, self.weight, self.group, self.name)
         return y if self.bias is None else y + self.bias

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shardwright.kernels.reference import swiglu
+from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -27,9 +28,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        y: Tensor = self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
+        y: Tensor = self.down(flow.keep.core(swiglu, self.gate_up(x, flow.rows)), flow.rows)
         return y
 
 
@@ -41,11 +42,14 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up, self.down, self.activation = gate_up, down, ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        y: Tensor = self.down(self.activation(gate) * up)
+    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
+        y: Tensor = self.down(flow.keep.core(self._gated, self.gate_up(x, flow.rows)), flow.rows)
         return y
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return self.activation(gate) * up
 
 
 @final
@@ -56,7 +60,7 @@ class PlainMLP(nn.Module):
         super().__init__()
         self.up, self.down, self.activation = up, down, ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank."""
-        y: Tensor = self.down(self.activation(self.up(x)))
+    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
+        y: Tensor = self.down(flow.keep.core(self.activation, self.up(x, flow.rows)), flow.rows)
         return y

@@ -18,7 +18,8 @@ from shardwright.layout.spec import Gradient, Specs
 class Norm(ParallelLayer):
     """A norm over the last dim of size `size`, its weight whole on every rank.
 
-    gradient: `whole` where every rank sees the same x; `partial` where each sees only its heads, as q and k norms do.
+    gradient: `whole` where every rank sees the same x; `partial` where each sees only its heads, as q and k norms do,
+    or its rows (`layers.rows`).
     """
 
     def __init__(

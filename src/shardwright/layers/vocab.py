@@ -5,9 +5,9 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardwright.comm import regions
 from shardwright.comm.group import Group
 from shardwright.layers.layer import ParallelLayer
+from shardwright.layers.rows import WHOLE, Rows
 from shardwright.layout import sharding
 from shardwright.layout.partition import Partition
 from shardwright.layout.spec import Specs
@@ -26,9 +26,9 @@ class _VocabTable(ParallelLayer):
         return sharding.vocab_table(self.vocabulary, self.hidden, rank, dtype=dtype)
 
     @final
-    def logits(self, x: Tensor) -> Tensor:
-        """`x [T, H]` → this rank's logits `[T, V_r]`; the backward all-reduces dx."""
-        return F.linear(regions.copy(x, self.group, f"{self.name}.logits"), self.weight)
+    def logits(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
+        """`x [T, H]`, or this rank's rows of it → this rank's logits `[T, V_r]`; the backward all-reduces dx."""
+        return rows.enter(x, self.weight, None, self.group, f"{self.name}.logits")
 
 
 @final
@@ -41,21 +41,21 @@ class VocabParallelEmbedding(_VocabTable):
     A tied model takes its logits from this same table, by `logits`.
     """
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """`ids [T]` int64, in 0…V-1 → `x [T, H]`, alike on every rank; an id outside gives zeros."""
+    def forward(self, ids: Tensor, rows: Rows = WHOLE) -> Tensor:
+        """`ids [T]` int64, in 0…V-1 → `x [T, H]`, or this rank's rows of it; an id outside gives zeros."""
         start, stop = self.vocabulary.range(self.group.rank)
         outside = (ids < start) | (ids >= stop)
         if start == stop:  # still part of the graph: this rank's backward must enter the collectives the others' enter
-            rows = self.weight.new_zeros(*ids.shape, self.hidden) + self.weight.sum()
+            found = self.weight.new_zeros(*ids.shape, self.hidden) + self.weight.sum()
         else:
-            rows = F.embedding((ids - start).masked_fill(outside, 0), self.weight)
-        return regions.reduce(rows.masked_fill(outside[..., None], 0), self.group, self.name)
+            found = F.embedding((ids - start).masked_fill(outside, 0), self.weight)
+        return rows.total(found.masked_fill(outside[..., None], 0), self.group, self.name)
 
 
 @final
 class VocabParallelHead(_VocabTable):
     """The output projection of an untied model: `x [T, H]` → this rank's logits `[T, V_r]`; nothing moves forward."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         """`logits` under its other name."""
-        return self.logits(x)
+        return self.logits(x, rows)

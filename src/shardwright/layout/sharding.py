@@ -60,13 +60,26 @@ def _rows(in_features: int, parts: dict[str, Partition], rank: int, *, bias: boo
     return specs
 
 
-def row_linear(in_features: Partition, out_features: int, rank: int, *, bias: bool, dtype: str = DTYPE) -> Specs:
-    """Weight `[O, I]` cut by columns: `w_r [O, I_r]`; the bias is whole on every rank and added once."""
+def row_linear(
+    in_features: Partition,
+    out_features: int,
+    rank: int,
+    *,
+    bias: bool,
+    gradient: Gradient = "whole",
+    dtype: str = DTYPE,
+) -> Specs:
+    """Weight `[O, I]` cut by columns: `w_r [O, I_r]`; the bias is whole on every rank and added once.
+
+    gradient: of the bias, `partial` where each rank adds it to its own rows only.
+    """
     whole = (out_features, in_features.size)
     local = (out_features, in_features.widths[rank])
     piece = Piece("weight", whole, (((0, out_features),), (in_features.range(rank),)), _box(local), (rank,))
     specs = {"weight": TensorSpec(local, dtype, (piece,) if local[1] else ())}
-    return specs | (replicated({"bias": (out_features,)}, in_features.ranks, dtype=dtype) if bias else {})
+    if bias:
+        specs |= replicated({"bias": (out_features,)}, in_features.ranks, gradient=gradient, dtype=dtype)
+    return specs
 
 
 def vocab_table(vocabulary: Partition, hidden: int, rank: int, *, dtype: str = DTYPE) -> Specs:

@@ -5,7 +5,7 @@ beside the order of norms is inside the modules they are given.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from shardwright.comm.group import Group
 from shardwright.kernels.reference import partial_rotary, rotary, unturned
 from shardwright.layers.attention import Attention, Scoring, Turn, WideNormAttention
 from shardwright.layers.batch import Batch
+from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import (
     ColumnParallelLinear,
@@ -23,7 +24,9 @@ from shardwright.layers.linear import (
 )
 from shardwright.layers.mlp import GatedMLP, PlainMLP, SwiGLU
 from shardwright.layers.norm import LayerNorm, Norm, PlusOneRMSNorm, RMSNorm, WideQKNorm
+from shardwright.layers.recompute import Block as Run
 from shardwright.layers.rotary import Rope
+from shardwright.layers.rows import Rows
 from shardwright.models import config as models
 from shardwright.models.config import ModelConfig
 from shardwright.models.specs import NORMS_OF, Cuts
@@ -31,8 +34,16 @@ from shardwright.models.specs import NORMS_OF, Cuts
 NORMS: Mapping[models.Norm, type[Norm]] = {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm, "layer": LayerNorm}
 
 
+Inner = Callable[[Tensor], Tensor]
+"""What stands before an attention or an MLP."""
+
+
 class Block(nn.Module, ABC):
-    """A layer: two all-reduces of T x H. Which norms it has is `specs.NORMS_OF`'s to say."""
+    """A layer: two all-reduces of T x H. Which norms it has is `specs.NORMS_OF`'s to say.
+
+    What `flow` may compute again is a block of the residual stream: it begins with a norm and ends in a row-parallel
+    product, so that a norm behind that product stays outside.
+    """
 
     attention_norm: Norm
     attention_post_norm: Norm
@@ -41,69 +52,105 @@ class Block(nn.Module, ABC):
 
     def __init__(self, config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> None:
         super().__init__()
-        name = f"layers.{layer}"
+        self.group, self.name = group, f"layers.{layer}"
         self.attention = _attention(config, cuts, group, layer)
-        self.mlp = _mlp(config, cuts, group, f"{name}.mlp")
+        self.mlp = _mlp(config, cuts, group, f"{self.name}.mlp")
         for norm in NORMS_OF[config.block]:
-            self.add_module(norm, norm_of(config, group, f"{name}.{norm}"))
+            self.add_module(norm, norm_of(config, cuts, group, f"{self.name}.{norm}"))
 
     @abstractmethod
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+
+    def _attend(self, norm: Inner, rope: Rope, batch: Batch, kv: KVStore, flow: Flow) -> Run:
+        """Attention of what `norm` makes of its input."""
+
+        def attend(x: Tensor, rows: Rows) -> Tensor:
+            y: Tensor = self.attention(norm(x), rope, batch, kv, flow.spread(rows))
+            return y
+
+        return attend
+
+    def _think(self, norm: Inner, flow: Flow) -> Run:
+        """The MLP of what `norm` makes of its input."""
+
+        def think(x: Tensor, rows: Rows) -> Tensor:
+            y: Tensor = self.mlp(norm(x), flow.spread(rows))
+            return y
+
+        return think
+
+    def _dropped(self, y: Tensor, part: str, batch: Batch, flow: Flow) -> Tensor:
+        return flow.dropped(y, f"{self.name}.{part}", len(batch.tokens), self.group)
 
 
 @final
 class DecoderLayer(Block):
     """Attention, then the MLP, each behind its norm and added to its input (Llama)."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
-        x = x + self.attention(self.attention_norm(x), rope, batch, kv)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
-        return y
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+        attend, think = self._attend(self.attention_norm, rope, batch, kv, flow), self._think(self.mlp_norm, flow)
+        x = x + self._dropped(flow.block(attend, x), "attention", batch, flow)
+        return x + self._dropped(flow.block(think, x), "mlp", batch, flow)
 
 
 @final
 class PostNormLayer(Block):
     """Attention, then the MLP, each normed and then added to its input (OLMo-2)."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
-        x = x + self.attention_post_norm(self.attention(x, rope, batch, kv))
-        y: Tensor = x + self.mlp_post_norm(self.mlp(x))
-        return y
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+        attend, think = self._attend(_as_it_is, rope, batch, kv, flow), self._think(_as_it_is, flow)
+        x = x + self._dropped(self.attention_post_norm(flow.block(attend, x)), "attention", batch, flow)
+        return x + self._dropped(self.mlp_post_norm(flow.block(think, x)), "mlp", batch, flow)
 
 
 @final
 class SandwichLayer(Block):
     """Attention, then the MLP, each between two norms and added to its input (Gemma 2 and 3)."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rope, batch, kv))
-        y: Tensor = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
-        return y
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+        attend, think = self._attend(self.attention_norm, rope, batch, kv, flow), self._think(self.mlp_norm, flow)
+        x = x + self._dropped(self.attention_post_norm(flow.block(attend, x)), "attention", batch, flow)
+        return x + self._dropped(self.mlp_post_norm(flow.block(think, x)), "mlp", batch, flow)
 
 
 @final
 class ParallelBlock(Block):
     """Attention and MLP side by side, each behind its norm, both added to their input (GPT-NeoX, Falcon 40B)."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
-        y: Tensor = x + self.attention(self.attention_norm(x), rope, batch, kv) + self.mlp(self.mlp_norm(x))
-        return y
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+
+        def both(x: Tensor, rows: Rows) -> Tensor:
+            spread = flow.spread(rows)
+            y: Tensor = self.attention(self.attention_norm(x), rope, batch, kv, spread) + self.mlp(
+                self.mlp_norm(x), spread
+            )
+            return y
+
+        return x + self._dropped(flow.block(both, x), "both", batch, flow)
 
 
 @final
 class SharedNormBlock(Block):
     """Attention and MLP side by side behind one norm, both added to their input (Falcon 7B)."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
-        """`x [T, H]` → `[T, H]`."""
-        normed = self.attention_norm(x)
-        y: Tensor = x + self.attention(normed, rope, batch, kv) + self.mlp(normed)
-        return y
+    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+
+        def both(x: Tensor, rows: Rows) -> Tensor:
+            normed, spread = self.attention_norm(x), flow.spread(rows)
+            y: Tensor = self.attention(normed, rope, batch, kv, spread) + self.mlp(normed, spread)
+            return y
+
+        return x + self._dropped(flow.block(both, x), "both", batch, flow)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 BLOCKS: Mapping[models.Block, type[Block]] = {
@@ -115,16 +162,18 @@ BLOCKS: Mapping[models.Block, type[Block]] = {
 }
 
 
-def norm_of(config: ModelConfig, group: Group, name: str) -> Norm:
+def norm_of(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> Norm:
     """The norm of H features that this model has."""
-    return NORMS[config.norm](config.hidden, group, eps=config.norm_eps, name=name)
+    return NORMS[config.norm](config.hidden, group, eps=config.norm_eps, gradient=cuts.gradient, name=name)
 
 
 def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> nn.Module:
     name, size, eps = f"layers.{layer}.attention", config.head_size, config.norm_eps
     qkv = QKVParallelLinear(config.hidden, cuts.heads, size, group, bias=config.qkv_bias, name=f"{name}.qkv")
     inner = cuts.heads.query.times(size)
-    out = RowParallelLinear(inner, config.hidden, group, bias=config.out_bias, name=f"{name}.out")
+    out = RowParallelLinear(
+        inner, config.hidden, group, bias=config.out_bias, gradient=cuts.gradient, name=f"{name}.out"
+    )
     scoring = Scoring(scale=config.scale, window=config.window(layer), cap=config.score_cap)
     if config.wide_qk_norm:
         norm = WideQKNorm(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
@@ -146,7 +195,7 @@ def _turn(config: ModelConfig) -> Turn:
 
 def _mlp(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> nn.Module:
     ff, bias = cuts.feed_forward, config.mlp_bias
-    down = RowParallelLinear(ff, config.hidden, group, bias=bias, name=f"{name}.down")
+    down = RowParallelLinear(ff, config.hidden, group, bias=bias, gradient=cuts.gradient, name=f"{name}.down")
     if not config.gated:
         up = ColumnParallelLinear(config.hidden, ff, group, bias=bias, name=f"{name}.up")
         return PlainMLP(up, down, config.activation)

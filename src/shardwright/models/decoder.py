@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from shardwright.comm.group import Group
 from shardwright.layers.batch import Batch
 from shardwright.layers.ends import AsEmbedded, CappedLogits, LearnedPositions, ScaledEmbedding
+from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.gradients import reduce_partial_gradients
 from shardwright.layers.kv import FreshKV, KVStore
 from shardwright.layers.layer import ParallelLayer
 from shardwright.layers.rotary import LengthRotary, Rotary
+from shardwright.layers.rows import SharedRows
 from shardwright.layers.vocab import VocabParallelEmbedding, VocabParallelHead
 from shardwright.layout.spec import Specs
 from shardwright.models.blocks import BLOCKS, norm_of
@@ -29,7 +31,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.group, self.cuts = config, group, cuts or Cuts.balanced(config, group.size)
         self.embedding = VocabParallelEmbedding(self.cuts.vocabulary, config.hidden, group, name="embedding")
-        self.positions = _positions(config, group)
+        self.positions = _positions(config, self.cuts, group)
         self.rotary = rotary_of(config)
         local = [] if config.local_rope_theta is None else [Rotary(plain(config.local_rope_theta, config.turned))]
         self.rotaries = (self.rotary, *local)
@@ -37,19 +39,27 @@ class Decoder(nn.Module):
             BLOCKS[config.block](config, self.cuts, group, layer) for layer in range(config.layers)
         )
         self.turned_by = tuple(len(local) if config.window(layer) else 0 for layer in range(config.layers))
-        self.norm = norm_of(config, group, "norm")
+        self.norm = norm_of(config, self.cuts, group, "norm")
         self.head = None if config.tied else VocabParallelHead(self.cuts.vocabulary, config.hidden, group, name="head")
         self.cap = CappedLogits(config.logit_cap) if config.logit_cap else nn.Identity()
 
-    def forward(self, batch: Batch, kv: Sequence[KVStore] | None = None) -> Tensor:
-        """Logits of the batch's rows over this rank's vocabulary, `[rows, V_r]`; one store a layer, or none kept."""
-        x: Tensor = self.positions(self.embedding(batch.tokens), batch.positions)
+    def forward(self, batch: Batch, kv: Sequence[KVStore] | None = None, flow: Flow = DEFAULT) -> Tensor:
+        """Logits of the batch's rows over this rank's vocabulary, `[rows, V_r]`; one store a layer, or none kept.
+
+        flow: what of a training step is recomputed and dropped; its rows follow from the cuts.
+        """
+        tokens = len(batch.tokens)
+        if self.cuts.sequence and kv is None and batch.rows is None:
+            flow = flow.spread(SharedRows.balanced(tokens, self.group.size))
+        mine = slice(*flow.rows.mine(tokens, self.group.rank))
+        x: Tensor = self.positions(self.embedding(batch.tokens, flow.rows), batch.positions[mine])
+        x = flow.dropped(x, "embedding", tokens, self.group)
         ropes = [rotary.of(batch, x.dtype) for rotary in self.rotaries]
         stores = kv or [FreshKV()] * len(self.layers)
         for layer, by, store in zip(self.layers, self.turned_by, stores, strict=True):
-            x = layer(x, ropes[by], batch, store)
+            x = layer(x, ropes[by], batch, store, flow)
         x = self.norm(x if batch.rows is None else x[batch.rows])
-        logits: Tensor = self.cap((self.embedding if self.head is None else self.head).logits(x))
+        logits: Tensor = self.cap((self.embedding if self.head is None else self.head).logits(x, flow.rows))
         return logits
 
     def specs(self, rank: int | None = None) -> Specs:
@@ -70,11 +80,11 @@ class Decoder(nn.Module):
         reduce_partial_gradients(dict(self.named_parameters()), tables, self.group)
 
 
-def _positions(config: ModelConfig, group: Group) -> nn.Module:
+def _positions(config: ModelConfig, cuts: Cuts, group: Group) -> nn.Module:
     """What is done to embeddings before the first layer."""
     if config.learned_positions:
         rows, offset = config.learned_positions, config.position_offset
-        return LearnedPositions(rows, config.hidden, group, offset=offset, name="positions")
+        return LearnedPositions(rows, config.hidden, group, offset=offset, gradient=cuts.gradient, name="positions")
     return AsEmbedded() if config.embedding_scale == 1 else ScaledEmbedding(config.embedding_scale)
 
 

@@ -27,20 +27,31 @@ NORMS_OF: Mapping[Block, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a model's dimensions are cut over the ranks: query heads (KV heads follow), F, and V."""
+    """How a model's dimensions are cut over the ranks: query heads (KV heads follow), F, and V.
+
+    sequence: in training the rows of the residual stream are dealt out too (sequence parallelism), so that what acts on
+    them has partial gradients.
+    """
 
     heads: HeadPartition
     feed_forward: Partition
     vocabulary: Partition
+    sequence: bool = False
 
     @classmethod
-    def balanced(cls, config: ModelConfig, ranks: int) -> "Cuts":
+    def balanced(cls, config: ModelConfig, ranks: int, *, sequence: bool = False) -> "Cuts":
         """Each dimension dealt out evenly, by heads or single elements."""
         return cls(
             heads=HeadPartition.balanced(config.heads, config.kv_heads, ranks),
             feed_forward=Partition.balanced(config.feed_forward, ranks),
             vocabulary=Partition.balanced(config.vocabulary, ranks),
+            sequence=sequence,
         )
+
+    @property
+    def gradient(self) -> Gradient:
+        """Of a parameter that acts on the residual stream."""
+        return "partial" if self.sequence else "whole"
 
     @property
     def ranks(self) -> int:
@@ -73,21 +84,25 @@ def model_specs(
 
 def _ends(config: ModelConfig, cuts: Cuts, rank: int, dtype: str) -> dict[str, Specs]:
     table = sharding.vocab_table(cuts.vocabulary, config.hidden, rank, dtype=dtype)
-    ends = {"embedding": table, "norm": _norm(config, config.hidden, cuts, dtype)}
+    ends = {"embedding": table, "norm": _norm(config, config.hidden, cuts, dtype, cuts.gradient)}
     if config.learned_positions:
         sizes = {"weight": (config.learned_positions, config.hidden)}
-        ends["positions"] = sharding.replicated(sizes, cuts.ranks, dtype=dtype)
+        ends["positions"] = sharding.replicated(sizes, cuts.ranks, gradient=cuts.gradient, dtype=dtype)
     return ends if config.tied else ends | {"head": table}
 
 
 def _layer(config: ModelConfig, cuts: Cuts, rank: int, dtype: str, path: str) -> dict[str, Specs]:
     ff, inner = cuts.feed_forward, cuts.heads.query.times(config.head_size)
-    table = {norm: _norm(config, config.hidden, cuts, dtype) for norm in NORMS_OF[config.block]} | {
+    table = {norm: _norm(config, config.hidden, cuts, dtype, cuts.gradient) for norm in NORMS_OF[config.block]} | {
         "attention.qkv": sharding.qkv_linear(
             config.hidden, cuts.heads, config.head_size, rank, bias=config.qkv_bias, dtype=dtype
         ),
-        "attention.out": sharding.row_linear(inner, config.hidden, rank, bias=config.out_bias, dtype=dtype),
-        "mlp.down": sharding.row_linear(ff, config.hidden, rank, bias=config.mlp_bias, dtype=dtype),
+        "attention.out": sharding.row_linear(
+            inner, config.hidden, rank, bias=config.out_bias, gradient=cuts.gradient, dtype=dtype
+        ),
+        "mlp.down": sharding.row_linear(
+            ff, config.hidden, rank, bias=config.mlp_bias, gradient=cuts.gradient, dtype=dtype
+        ),
     }
     if config.gated:
         both = sharding.merged_column_linear(config.hidden, (ff, ff), rank, bias=config.mlp_bias, dtype=dtype)
@@ -102,7 +117,7 @@ def _layer(config: ModelConfig, cuts: Cuts, rank: int, dtype: str, path: str) ->
     return {f"{path}{name}": specs for name, specs in table.items()}
 
 
-def _norm(config: ModelConfig, size: int, cuts: Cuts, dtype: str, gradient: Gradient = "whole") -> Specs:
+def _norm(config: ModelConfig, size: int, cuts: Cuts, dtype: str, gradient: Gradient) -> Specs:
     names = ("weight", "bias") if config.norm == "layer" else ("weight",)
     return sharding.replicated(dict.fromkeys(names, (size,)), cuts.ranks, gradient=gradient, dtype=dtype)
 

@@ -14,8 +14,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from shardwright.comm import regions
 from shardwright.comm.group import Group
-from shardwright.layers.dropout import Dropout
 from shardwright.parallelize.constants import constants
+from shardwright.parallelize.dropout import Dropout
 from shardwright.parallelize.flow import named
 from shardwright.parallelize.labels import varying
 from shardwright.parallelize.placement import Placement

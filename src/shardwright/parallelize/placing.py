@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from shardwright.comm.group import Group
-from shardwright.layers.dropout import Dropout
 from shardwright.parallelize.attention import index_attention
 from shardwright.parallelize.attributes import set_own
+from shardwright.parallelize.dropout import Dropout
 from shardwright.parallelize.graph import places_of
 from shardwright.parallelize.modules import (
     Carried,

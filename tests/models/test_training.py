@@ -1,0 +1,213 @@
+"""Training on the decoder: sequence parallelism, recomputation, dropout, the cut loss, against the unsharded twin."""
+
+from threading import get_ident
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardwright.comm.group import Call, Group
+from shardwright.comm.recording import RecordingGroup
+from shardwright.comm.single import SingleGroup
+from shardwright.kernels import column_linear
+from shardwright.layers.batch import Batch
+from shardwright.layers.cross_entropy import vocab_parallel_cross_entropy
+from shardwright.layers.dropout import Dropout
+from shardwright.layers.flow import Flow
+from shardwright.layers.recompute import Keep, KeepAll, RecomputeBlocks, RecomputeCores
+from shardwright.models.decoder import Decoder
+from shardwright.models.specs import Cuts
+from shardwright.testing.models import largest_difference, loss_of, tiny_config, whole_tensors
+from shardwright.testing.ranks import on_processes, on_threads
+
+SEQUENCES = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [22, 0, 8, 9]]
+"""14 tokens: a multiple of 2 and 7 only."""
+KEEPS: dict[str, Keep] = {"all": KeepAll(), "selective": RecomputeCores(), "full": RecomputeBlocks()}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tied": True},
+    "qwen3": {"family": "qwen3", "qk_norm": True, "tied": True},
+    "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
+}
+
+
+def model_of(group: Group, changes: dict[str, Any], sequence: bool) -> Decoder:
+    config = tiny_config(**changes)
+    model = Decoder(config, group, Cuts.balanced(config, group.size, sequence=sequence)).double()
+    for layer in model.layers:
+        if config.out_bias:
+            layer.attention.out.bias.data.copy_(torch.arange(20.0).sin())
+            layer.mlp.down.bias.data.copy_(torch.arange(20.0).cos())
+    return model
+
+
+def loss_over(model: Decoder, flow: Flow, sequences: list[list[int]]) -> Tensor:
+    """Mean loss by the cut loss."""
+    batch = Batch.whole(sequences)
+    targets = batch.tokens.roll(-1)
+    targets[[stop - 1 for _, stop in batch.ranges if stop]] = -1
+    losses = vocab_parallel_cross_entropy(model(batch, flow=flow), targets, model.cuts.vocabulary, model.group)
+    return losses.sum() / (targets >= 0).sum()
+
+
+def gradients(model: Decoder) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def check(
+    group: Group, changes: dict[str, Any], sequence: bool, keep: str, p: float = 0.0, sequences: Any = SEQUENCES
+) -> float:
+    """Loss and every gradient; without dropout the twin's loss is torch's over gathered logits.
+
+    float64: 1e-12 lies far above another order of summation (1e-15) and far below anything wrong.
+    """
+    dropout = Dropout(p, seed=5, step=2) if p else None
+    twin = model_of(SingleGroup(), changes, sequence=False)
+    expected = loss_over(twin, Flow(dropout=dropout), sequences) if p else loss_of(twin, sequences)
+    expected.backward()
+    model = model_of(group, changes, sequence)
+    loss = loss_over(model, Flow(keep=KEEPS[keep], dropout=dropout), sequences)
+    loss.backward()
+    model.reduce_gradients()
+    assert gradients(model).keys() == dict(model.named_parameters()).keys()
+    assert abs(loss.item() - expected.item()) < 1e-12
+    assert largest_difference(gradients(model), model.specs(), whole_tensors(gradients(twin), twin.specs())) < 1e-12
+    return loss.item()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 5])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+def test_gradients_equal_the_twin(tp: int, changes: dict[str, Any], sequence: bool) -> None:
+    """14 rows over 3 and 5 ranks are uneven; at 5 ranks both KV heads straddle."""
+    on_threads(tp, check, changes, sequence, "all")
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+@pytest.mark.parametrize("keep", ["selective", "full"])
+def test_recomputation_has_the_same_gradients(keep: str, sequence: bool) -> None:
+    for tp in (1, 3):
+        on_threads(tp, check, VARIANTS["biases"] | VARIANTS["qwen3"], sequence, keep)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_dropout_is_the_same_at_every_split(keep: str) -> None:
+    for tp, sequence in ((2, False), (3, True)):
+        on_threads(tp, check, VARIANTS["tied"], sequence, keep, 0.3)
+
+
+def test_more_ranks_than_rows_heads_features_and_words() -> None:
+    """24 ranks over 3 rows: most hold no row at all, and the last holds nothing of anything."""
+    on_threads(24, check, {}, True, "full", 0.0, [[3, 1, 4]])
+
+
+def test_sequence_parallelism_over_processes() -> None:
+    on_processes(3, check, {"tied": True}, True, "full")
+
+
+def test_norms_under_sequence_parallelism_are_reduced_exactly_once() -> None:
+    """Planted: norms taken for whole have a share of the gradient each; the comparison above must see it."""
+
+    def body(group: Group) -> None:
+        twin = model_of(SingleGroup(), {}, sequence=False)
+        loss_of(twin, SEQUENCES).backward()
+        model = model_of(group, {}, sequence=True)
+        loss_over(model, Flow(), SEQUENCES).backward()
+        whole = whole_tensors(gradients(twin), twin.specs())
+        for reductions, right in ((0, False), (1, True), (2, False)):
+            if reductions:
+                model.reduce_gradients()
+            assert (largest_difference(gradients(model), model.specs(), whole) < 1e-12) == right, reductions
+
+    on_threads(3, body)
+
+
+def step(group: Group, sequence: bool, keep: str) -> list[Call]:
+    recording = RecordingGroup(group)
+    model = model_of(recording, {}, sequence)
+    loss_over(model, Flow(keep=KEEPS[keep]), SEQUENCES).backward()
+    return recording.calls
+
+
+def names(calls: list[Call]) -> list[tuple[str, str]]:
+    return [(call.op, call.tag) for call in calls]
+
+
+@pytest.mark.parametrize("keep", ["selective", "full"])
+def test_recomputation_repeats_no_collective(keep: str) -> None:
+    """Whole rows: the same calls as without. The forward's all-reduce is in no backward."""
+    again, once = (on_threads(3, step, False, kind)[0] for kind in (keep, "all"))
+    assert sorted(names(again)) == sorted(names(once))
+    assert len([call for call in again if not call.tag.endswith("/grad")]) == 1 + 2 * 2 + 1
+
+
+def test_sequence_parallelism_replaces_all_reduces() -> None:
+    """Each all-reduce of T x H becomes a reduce-scatter on leaving and an all-gather on entering; the rows that entered
+    are gathered again for the weight's gradient, as only a rank's own were kept.
+    """
+    calls = on_threads(3, step, True, "all")[0]
+    blocks = [f"layers.{layer}.{part}" for layer in range(2) for part in ("attention.qkv", "mlp.gate_up")]
+    out = [f"layers.{layer}.{part}" for layer in range(2) for part in ("attention.out", "mlp.down")]
+    entering = [*blocks, "head.logits"]
+    expected = [("reduce_scatter", "embedding"), *(("reduce_scatter", tag) for tag in out)]
+    expected += [("all_gather", tag) for tag in (*entering, "loss")]
+    expected += [("reduce_scatter", f"{tag}/grad") for tag in entering]
+    expected += [("all_gather", f"{tag}/again") for tag in entering]
+    expected += [("all_gather", f"{tag}/grad") for tag in ("embedding", *out)]
+    assert sorted(names(calls)) == sorted(expected)
+    whole = 14 * 20 * 8
+    assert {call.bytes for call in calls if call.op == "reduce_scatter"} == {whole}
+    assert {call.bytes for call in calls if call.op == "all_gather" and call.tag != "loss"} == {5 * 20 * 8}
+
+
+def test_the_weight_gradient_is_computed_while_the_input_gradient_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The all-reduce of dx has begun, and is not waited for, when dw's product runs."""
+    groups: dict[int, Group] = {}
+    under_way: list[int] = []
+    real = column_linear.of_weight
+
+    def spy(dy: Tensor, x: Tensor) -> Tensor:
+        under_way.append(len(groups[get_ident()]._ledger.open))
+        return real(dy, x)
+
+    def body(group: Group) -> None:
+        groups[get_ident()] = group
+        loss_over(model_of(group, {}, sequence=False), Flow(), SEQUENCES).backward()
+
+    monkeypatch.setattr(column_linear, "of_weight", spy)
+    on_threads(2, body)
+    assert under_way == [1] * (2 * 5)
+
+
+def test_a_bias_of_a_row_parallel_layer_is_added_once() -> None:
+    """Planted: a bias of R times its value, as if added before the reduce, is a loss that `check` would refuse."""
+
+    def body(group: Group) -> float:
+        model = model_of(group, VARIANTS["biases"], sequence=False)
+        right = loss_over(model, Flow(), SEQUENCES).item()
+        for layer in model.layers:
+            layer.mlp.down.bias.data.mul_(group.size)
+        return abs(loss_over(model, Flow(), SEQUENCES).item() - right)
+
+    on_threads(3, check, VARIANTS["biases"], False, "all")
+    assert min(on_threads(3, body)) > 1e-9
+
+
+def test_recomputation_keeps_less() -> None:
+    """Bytes that autograd saves, by its own hooks: selective below all, full below selective."""
+    kept = {}
+    for name, keep in KEEPS.items():
+        model = model_of(SingleGroup(), {}, sequence=False)
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        saved: dict[int, int] = {}
+
+        def pack(x: Tensor, saved: dict[int, int] = saved, parameters: set[int] = parameters) -> Tensor:
+            if x.data_ptr() not in parameters:
+                saved[x.data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss_over(model, Flow(keep=keep), SEQUENCES)
+        kept[name] = sum(saved.values())
+    assert kept["full"] < kept["selective"] < kept["all"]
