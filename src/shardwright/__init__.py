@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shardwright.comm.compression import all_reduce_compressed, compress_gradient, decompress_gradient
     from shardwright.comm.group import Group
+    from shardwright.comm.parallel import initialize_model_parallel
     from shardwright.comm.single import SingleGroup
     from shardwright.comm.thread import ThreadGroup
     from shardwright.engine.llm import LLM
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from shardwright.parallelize.sharding import full_state_dict, load_full_state_dict
     from shardwright.parallelize.trace import trace
     from shardwright.plan.layouts import plan_layout
+    from shardwright.train.data_parallel import synchronize_gradients
 
 __version__ = "0.1.0"
 
@@ -50,6 +53,10 @@ _HOMES = {
     "all_gather_matmul": "kernels.siblings",
     "full_state_dict": "parallelize.sharding",
     "load_full_state_dict": "parallelize.sharding",
+    "all_reduce_compressed": "comm.compression",
+    "compress_gradient": "comm.compression",
+    "decompress_gradient": "comm.compression",
+    "initialize_model_parallel": "comm.parallel",
     "matmul_all_reduce": "kernels.matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm": "kernels.siblings",
     "matmul_reduce_scatter": "kernels.siblings",
@@ -60,6 +67,7 @@ _HOMES = {
     "replace_matmul_all_reduce": "parallelize.replace",
     "split_tensor": "layout.tensors",
     "trace": "parallelize.trace",
+    "synchronize_gradients": "train.data_parallel",
 }
 """Where each public name lives."""
 
@@ -78,7 +86,11 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "all_gather_matmul",
+    "all_reduce_compressed",
+    "compress_gradient",
+    "decompress_gradient",
     "full_state_dict",
+    "initialize_model_parallel",
     "load_full_state_dict",
     "matmul_all_reduce",
     "matmul_all_reduce_add_rms_norm",
@@ -89,6 +101,7 @@ __all__ = [
     "plan_layout",
     "replace_matmul_all_reduce",
     "split_tensor",
+    "synchronize_gradients",
     "trace",
 ]
 
