@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardwright.parallelize.trace import trace
     from shardwright.plan.layouts import plan_layout
     from shardwright.train.data_parallel import synchronize_gradients
+    from shardwright.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ _HOMES = {
     "SamplingParams": "engine.request",
     "SingleGroup": "comm.single",
     "ThreadGroup": "comm.thread",
+    "Trainer": "train.trainer",
     "VocabParallelEmbedding": "layers.vocab",
     "VocabParallelHead": "layers.vocab",
     "all_gather_matmul": "kernels.siblings",
@@ -83,6 +85,7 @@ __all__ = [
     "SamplingParams",
     "SingleGroup",
     "ThreadGroup",
+    "Trainer",
     "VocabParallelEmbedding",
     "VocabParallelHead",
     "all_gather_matmul",

@@ -1,1 +1,1 @@
-"""Every picture the package draws, by matplotlib; one file a kind of picture."""
+"""Every picture the package draws, one file a kind; matplotlib is imported when one is drawn."""

@@ -6,11 +6,11 @@ when the requests are done.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
+from shardwright.comm.memory import peak_rss
 from shardwright.engine.engine import Engine
 from shardwright.engine.request import Request, SamplingParams
 from shardwright.models.load import load
@@ -35,14 +35,6 @@ def serve(group: Group, channel: Channel, path: str, dtype: str | None) -> None:
                 channel.send({"tokens": [[new.number, new.token, new.finish] for new in tokens]})
         seconds, waited = time.perf_counter() - start, group.waited_s - waited
         channel.send({"finished": {"seconds": seconds, "waited_s": waited, "peak_rss": peak_rss()}})
-
-
-def peak_rss() -> int:
-    """Bytes of memory this process held at most: `VmHWM`, since `ru_maxrss` is inherited over a fork and exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _request(message: dict[str, Any]) -> Request:

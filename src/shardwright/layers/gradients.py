@@ -19,9 +19,31 @@ def reduce_partial_gradients(
 ) -> None:
     """Replace each partial `.grad` by its sum over the ranks that hold the parameter; call it once after backward.
 
-    parameters: this rank's, by name · tables: the `specs` of every rank, in rank order. One all-reduce of a zero-filled
-    buffer with a place for each piece that is partial on any rank; nothing moves where there is none. A parameter
-    whose `.grad` is None counts as zeros and receives the sum.
+    A parameter whose `.grad` is None counts as zeros and receives the sum. Otherwise as `sum_partial`.
+    """
+    partial = partial_names(tables[group.rank])
+    gradients = {name: _gradient(parameter) for name, parameter in parameters.items() if name in partial}
+    sum_partial(gradients, tables, group, like=next(iter(parameters.values())), tag=tag)
+
+
+def partial_names(table: Specs) -> frozenset[str]:
+    """The parameters of which this rank's gradient is, in some piece, only a share."""
+    return frozenset(name for name, spec in table.items() if any(piece.gradient == "partial" for piece in spec.pieces))
+
+
+def sum_partial(
+    gradients: Mapping[str, Tensor],
+    tables: Sequence[Specs],
+    group: Group,
+    *,
+    like: Tensor,
+    tag: str = "partial gradients",
+) -> None:
+    """Sum the partial pieces of these gradients, in place, over the ranks that hold them.
+
+    gradients: this rank's, by name, at least of `partial_names` · tables: the `specs` of every rank, in rank order ·
+    like: of the gradients' dtype, for a rank that has none. One all-reduce of a zero-filled buffer with a place for
+    each piece that is partial on any rank; nothing moves where there is none.
     """
     places: dict[object, int] = {}
     size = 0
@@ -34,12 +56,12 @@ def reduce_partial_gradients(
     if not size:
         return
     mine = [
-        (narrowed(_gradient(parameters[name]), piece.local_ranges), places[piece.key])
+        (narrowed(gradients[name], piece.local_ranges), places[piece.key])
         for name, spec in tables[group.rank].items()
         for piece in spec.pieces
         if piece.gradient == "partial"
     ]
-    buffer = _zeros_like_gradients(parameters, size)
+    buffer = like.new_zeros(size, requires_grad=False)
     for gradient, at in mine:
         buffer[at : at + gradient.numel()] = gradient.reshape(-1)
     buffer = group.all_reduce(buffer, out=buffer, tag=tag)
@@ -51,7 +73,3 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _zeros_like_gradients(parameters: Mapping[str, nn.Parameter], size: int) -> Tensor:
-    return next(iter(parameters.values())).new_zeros(size, requires_grad=False)

@@ -105,6 +105,30 @@ def split_rows(piece: Piece, rows: int) -> tuple[Piece, ...]:
     )
 
 
+def within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
+    """The part of a piece that lies in rows start…stop of the parameter; None where there is none.
+
+    A rotary head is taken whole or not at all; any other cut of it is an `AssertionError`.
+    """
+    (low, high), *others = piece.local_ranges
+    first, last = max(low, start), min(high, stop)
+    if first >= last:
+        return None
+    if (first, last) == (low, high):
+        return piece
+    if piece.transform == "rope_unpermute":
+        raise AssertionError(f"rows {first}…{last} cut a rotary head of {piece.source}")
+    dim = len(piece.source_ranges) - 1 if piece.transform == "transpose" else 0
+    taken, at = [], low
+    for begin, end in piece.source_ranges[dim]:
+        here = max(first - at, 0), min(last - at, end - begin)
+        if here[0] < here[1]:
+            taken.append((begin + here[0], begin + here[1]))
+        at += end - begin
+    source = (*piece.source_ranges[:dim], tuple(taken), *piece.source_ranges[dim + 1 :])
+    return replace(piece, source_ranges=source, local_ranges=((first, last), *others))
+
+
 def boxes(ranges: tuple[tuple[Range, ...], ...]) -> Iterable[tuple[tuple[Range, ...], tuple[Range, ...]]]:
     """The plain boxes of a product of joined ranges: (box in the source, box in the joined result)."""
     placed: list[list[tuple[Range, Range]]] = []

@@ -35,12 +35,17 @@ class Loaded:
 
 
 def load(
-    path: str | PathLike[str], group: Group, *, dtype: str | None = None, progress: Progress | None = None
+    path: str | PathLike[str],
+    group: Group,
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    sequence: bool = False,
 ) -> Loaded:
     """Load a Hugging Face directory or a GGUF file over the group's ranks.
 
     dtype: by name; by default the file's own, float32 for a quantised one. Every tensor of the file must have its place
-    in the model, so that what is computed is what was trained.
+    in the model, so that what is computed is what was trained. sequence: as in `Cuts`.
 
     Raises:
         FileError, UnsupportedError: the checkpoint is damaged, or of a kind not built; alike on all ranks.
@@ -53,7 +58,7 @@ def load(
         if dtype not in DTYPES:
             raise UsageError("dtype", dtype, "there is no such weight type", f"use one of {', '.join(DTYPES)}")
         _check_tensors(checkpoint, config, naming)  # first: of a config that lies, no table can be made
-        cuts = Cuts.balanced(config, group.size)
+        cuts = Cuts.balanced(config, group.size, sequence=sequence)
         specs = model_specs(config, cuts, group.rank, naming, dtype=dtype)
         with torch.device("meta"):
             model = Decoder(config, group, cuts).to(DTYPES[dtype])

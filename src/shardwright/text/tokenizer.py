@@ -6,6 +6,7 @@ Building one imports `tokenizers`, and rendering a chat jinja2; importing this f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, where the tokenizer names one."""
+        name = self.names.get("eos_token")
+        return None if name is None else self._backend.token_to_id(name)
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `from_directory` and transformers read them."""
+        directory.mkdir(parents=True, exist_ok=True)
+        said = {**self.names, **({"chat_template": self.chat_template} if self.chat_template else {})}
+        (directory / "tokenizer_config.json").write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+        self._backend.save(str(directory / "tokenizer.json"))
 
     def stream(self) -> TextStream:
         """A decoder for one generation, fed id by id."""

@@ -1,0 +1,74 @@
+"""What a run measured: a line of JSON a step in metrics.jsonl, TensorBoard events if asked, and curve.png at the end.
+
+Written by one rank. Decides that a resumed run's file goes on where its checkpoint was, as if nothing had happened.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, final
+
+from shardwright.charts.curve import draw_curve
+from shardwright.errors import UsageError
+
+FILE = "metrics.jsonl"
+
+
+@final
+class Metrics:
+    """Open while a run goes on. after: the step that the run resumes from; later lines are taken away."""
+
+    def __init__(self, run: Path, after: int, *, tensorboard: bool) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.path = run / FILE
+        kept = [line for line in read(self.path) if line["step"] <= after]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a", buffering=1)
+        self._events = _events(run / "tensorboard") if tensorboard else None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """One step's, or one evaluation's, figures; `step` is among them."""
+        self._file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for name, value in line.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._events.add_scalar(name, value, line["step"])
+
+    def draw(self, title: str) -> None:
+        """curve.png, of all lines."""
+        lines = read(self.path)
+        training, validation = (
+            [(line["step"], line[name]) for line in lines if name in line] for name in ("loss", "validation")
+        )
+        draw_curve(self.path.with_name("curve.png"), training, validation, title)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, without one that a kill cut short; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _events(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        remedy = "pip install 'shardwright[data]', or set it to false"
+        raise UsageError("output.tensorboard", True, "tensorboard is not installed", remedy) from None
+    return SummaryWriter(str(directory))
