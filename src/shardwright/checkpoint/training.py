@@ -172,6 +172,11 @@ class TrainingCheckpoint:
         """Whether there is any of it."""
         return (kind, source) in self._stored
 
+    def dtype(self, kind: str, source: str) -> str:
+        """In which it is stored, by torch's name; float32 of what is not there."""
+        found = self._stored.get((kind, source))
+        return found[0].entry.dtype if found else "float32"
+
     def read(self, kind: str, piece: Piece, out: "Tensor") -> None:
         """Fill `out`, the view of a parameter (or of an optimiser's state of one) that `piece.local_ranges` denotes.
 

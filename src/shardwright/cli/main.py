@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 import shardwright
-from shardwright.cli import check, explain, generate, kernels, measure, parallelize, plan, validate
+from shardwright.cli import check, convert, explain, generate, kernels, measure, parallelize, plan, train, validate
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
 INTERRUPTED, TERMINATED, PIPE_CLOSED = 130, 143, 141
@@ -34,6 +34,9 @@ app.command()(parallelize.parallelize)
 app.command()(plan.plan)
 app.command()(measure.measure)
 app.command()(validate.validate)
+app.command()(train.train)
+app.command()(convert.reshard)
+app.command()(convert.export)
 
 
 def _version(wanted: bool) -> None:

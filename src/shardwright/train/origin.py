@@ -73,4 +73,4 @@ def _from_scratch(said: dict[str, Any], words: int | None) -> Origin:
     if words is not None and config.vocabulary < words:
         problem = f"the tokenizer has {words} words"
         raise UsageError("model.config.vocab_size", config.vocabulary, problem, "raise it, or leave it out")
-    return Origin(config, said, None)
+    return Origin(config, {"model_type": config.family, **said}, None)

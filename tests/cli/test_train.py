@@ -1,0 +1,104 @@
+"""`shardwright train`, `reshard` and `export` as a user runs them: figures, resuming, one line for what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+[model.config]
+architectures = ["Qwen3ForCausalLM"]
+hidden_size = 20
+intermediate_size = 22
+num_hidden_layers = 2
+num_attention_heads = 6
+num_key_value_heads = 2
+head_dim = 4
+max_position_embeddings = 64
+tie_word_embeddings = true
+
+[data]
+paths = ["text.txt"]
+tokenizer = 280
+sequence = 16
+
+[train]
+steps = 6
+batch = 4
+
+[optimizer]
+lr = 1e-2
+
+[parallel]
+tensor = 3
+
+[output]
+directory = "run"
+save_every = 3
+log_every = 3
+sample_every = 6
+sample_prompt = "one two"
+sample_tokens = 4
+"""
+
+
+def shardwright(*arguments: object, home: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shardwright", *map(str, arguments)]
+    return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240, env={**os.environ})
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten " * 60)
+    return tmp_path
+
+
+def test_a_run_prints_saves_resumes_and_exports(home: Path) -> None:
+    done = shardwright("train", "recipe.toml", home=home)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" · ")[0] for line in lines if line.startswith("step 6/6 · loss")] == ["step 6/6"]
+    assert any(line.startswith("sample after step 6: one two") for line in lines)
+    assert any(line.startswith("checkpoint of step 6 written in") for line in lines)
+    progress = next(line for line in lines if line.startswith("step 3/6"))
+    for part in ("loss", "tokens/s", "in communication", "MB at most by rank"):
+        assert part in progress
+    again = shardwright("train", "recipe.toml", "--json", home=home)
+    assert json.loads(again.stdout) == {"resumed": 6}
+    cut = shardwright("reshard", "run", "cut", "--tp", 2, "--json", home=home)
+    assert json.loads(cut.stdout)["files"] == 2
+    out = shardwright("export", "run", "out", home=home)
+    assert out.returncode == 0, out.stderr
+    told = shardwright("generate", "one two", "--raw", "--model", "out", "--tp", 2, "--max-tokens", 4, home=home)
+    assert told.returncode == 0, told.stderr
+
+
+def test_a_dry_run_and_the_schema_train_nothing(home: Path) -> None:
+    done = shardwright("train", "recipe.toml", "--dry-run", "--json", home=home)
+    found = json.loads(done.stdout)
+    assert len(found["ranks"]) == 3
+    assert {row["axis"] for row in found["traffic"]} == {"tensor"}
+    schema = json.loads(shardwright("train", "--schema", home=home).stdout)
+    assert schema["additionalProperties"] is False
+    assert not (home / "run").exists()
+
+
+@pytest.mark.parametrize(("old", "new", "code", "message"), [
+    ("steps = 6", "stepz = 6", 2, "shardwright: train.steps=(not set): it is required; see shardwright train --schema"),
+    ("tensor = 3", "tensor = 3\npipeline = 2", 2, "shardwright: parallel.pipeline=2: only one stage is trained so far"),
+    ("text.txt", "gone.txt", 3, "gone.txt: there is no such file or directory; check data.paths"),
+    ("sequence = 16", "sequence = 99", 2, "shardwright: data.sequence=99: the model's context is 64 tokens"),
+    ("Qwen3For", "QwenXFor", 4, "shardwright: architecture 'QwenXForCausalLM' is not supported"),
+])  # fmt: skip
+def test_what_is_wrong_is_one_line_from_one_rank(home: Path, old: str, new: str, code: int, message: str) -> None:
+    (home / "recipe.toml").write_text(RECIPE.replace(old, new))
+    done = shardwright("train", "recipe.toml", home=home)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+    assert subprocess.run(["pgrep", "-f", str(home)], capture_output=True).returncode == 1
