@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-long fuzz lint types install bench-peers performance clean
+.PHONY: demo test test-long test-system fuzz lint types install bench-peers performance clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/shardwright generate --tp 2 "What is the capital of France?"
@@ -19,6 +19,10 @@ SEED ?= 1
 fuzz: $(VENV)/test.done
 	$(BIN)/python -m tests.checkpoint.fuzz gguf --mutations 1000000 --seed $(SEED)
 	$(BIN)/python -m tests.checkpoint.fuzz safetensors --mutations 1000000 --seed $(SEED)
+
+# Needs strace and the right to trace one's own processes.
+test-system: $(VENV)/test.done
+	$(BIN)/pytest -m system
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check
@@ -48,7 +52,7 @@ bench-peers: .venv-peers/done .venv-vllm/done
 # Measures everything, some half an hour with nothing else running, and writes docs/performance.md.
 performance: $(VENV)/test.done bench-peers
 	mkdir -p benchmarks/results
-	for name in all_reduce matmul_all_reduce decode load overhead crowded; do \
+	for name in all_reduce matmul_all_reduce decode load overhead crowded train_step; do \
 	  $(BIN)/python benchmarks/$$name.py --json > build.json && mv build.json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "load": "From the start of the process to the first token, and memory",
     "overhead": "What the layers cost at one rank",
     "crowded": "Beside a busy process",
+    "train_step": "A training step",
 }
 """In the page's order."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.kernels.attention import attention
-from shardwright.kernels.reference import rotary
+from shardwright.kernels.rotary import rotary
 from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore

@@ -31,6 +31,8 @@ def vocab_parallel_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Keeps the exponentials less each row's largest logit here, in place of the logits."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, words: tuple[int, int], group: Group, tag: str) -> Tensor:
         wide = _wide(logits)
@@ -38,27 +40,29 @@ class _CrossEntropy(torch.autograd.Function):
         told = wide.new_empty(1, 3, len(wide))
         if words[0] == words[1]:  # no words: nothing to the maximum, nothing to the sums
             told.copy_(torch.tensor([-torch.inf, 0, 0])[None, :, None])
+            powers = wide
         else:
             told[0, 0] = wide.amax(1)
-            told[0, 1] = (wide - told[0, 0][:, None]).exp_().sum(1)
             told[0, 2] = wide.gather(1, column[:, None])[:, 0].masked_fill(~here, 0)
+            powers = (wide - told[0, 0][:, None]).exp_()
+            told[0, 1] = powers.sum(1)
         parts = group.all_gather(told, 0, [1] * group.size, tag=tag)
         largest = parts[:, 0].amax(0)
-        log_sum = (parts[:, 1] * (parts[:, 0] - largest).exp()).sum(0).log() + largest
-        ctx.save_for_backward(logits, targets, log_sum)
-        ctx.words = words
-        return (log_sum - parts[:, 2].sum(0)).masked_fill(targets < 0, 0)
+        total = (parts[:, 1] * (parts[:, 0] - largest).exp()).sum(0)
+        ctx.save_for_backward(powers, targets, (told[0, 0] - largest).exp() / total)
+        ctx.words, ctx.dtype = words, logits.dtype
+        return (total.log() + largest - parts[:, 2].sum(0)).masked_fill(targets < 0, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, log_sum = ctx.saved_tensors
+        powers, targets, share = ctx.saved_tensors
         here, column = _mine(targets, ctx.words)
-        dlogits = _wide(logits).sub(log_sum[:, None]).exp_()
+        dloss = dloss.masked_fill(targets < 0, 0)
+        dlogits = powers * (share * dloss)[:, None]
         if dlogits.shape[1]:
-            dlogits.scatter_add_(1, column[:, None], -here.to(dlogits.dtype)[:, None])
-        dlogits.mul_(dloss.masked_fill(targets < 0, 0)[:, None])
-        return dlogits.to(logits.dtype), None, None, None, None
+            dlogits.scatter_add_(1, column[:, None], (-dloss).masked_fill(~here, 0)[:, None])
+        return dlogits.to(ctx.dtype), None, None, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""How many tokens a second does a training step take, and how much memory a rank, against one process and torch's own?
+
+python benchmarks/train_step.py [--case SUBSTRING] [--peer one_process|dtensor|ddp] [--repeat N] [--json]
+
+Llamas of 27 M and 95 M parameters; batch 4 x 256, AdamW, clipping, float32. one_process: transformers on two threads;
+dtensor and ddp: torch's tensor and data parallelism over gloo, two ranks of one thread each, as ours are. `MB`: the
+larger rank's peak beyond a process that has only imported torch. `%`: part of our ranks' time in which they wait for
+each other. `hidden %`: how much of a data-parallel sum done after the backward vanishes when it is done during it.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from harness import Case, Options, main
+
+from shardwright.comm.channel import Channel
+from shardwright.comm.group import Group
+from shardwright.comm.spawn import SpawnedJob
+
+BATCH, LENGTH = 4, 256
+SHAPES = {
+    "27M": {"hidden": 512, "feed_forward": 1536, "layers": 6, "heads": 8, "kv_heads": 4, "vocabulary": 8192},
+    "95M": {"hidden": 1024, "feed_forward": 2816, "layers": 7, "heads": 16, "kv_heads": 8, "vocabulary": 8192},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A case: which model on which mesh. sync: `during` the backward, `after` it, or `never`."""
+
+    shape: str
+    tensor: int = 2
+    data: int = 1
+    sequence: bool = False
+    recompute: str = "none"
+    sync: str = "during"
+
+    def __str__(self) -> str:
+        mesh = f"tp {self.tensor}" if self.tensor > 1 else f"dp {self.data}"
+        return f"{self.shape} {mesh}{' sp' * self.sequence}{f' {self.recompute}' * (self.recompute != 'none')}"
+
+
+CASES = [
+    Subject("27M"),
+    Subject("27M", sequence=True),
+    Subject("27M", sequence=True, recompute="selective"),
+    Subject("27M", tensor=1, data=2),
+    Subject("95M", sequence=True),
+    Subject("95M", tensor=1, data=2),
+]
+
+
+def serve(group: Group, channel: Channel, said: dict) -> None:
+    """A rank of ours: steps on request."""
+    import time
+
+    from shardwright.comm.memory import peak_rss
+    from shardwright.comm.parallel import initialize_model_parallel
+
+    groups = initialize_model_parallel(said["tensor"], 1, said["data"], world=group)
+    stepper, micros, tokens = _prepared(groups, said)
+    while (message := channel.receive()) is not None:
+        group.barrier()
+        start, waited = time.perf_counter(), group.waited_s
+        for step in range(message["steps"]):
+            stepper.update(stepper.gradient(micros, tokens, step), 1e-4)
+            if said["sync"] == "after":
+                _sum_again(stepper, groups)
+        seconds = time.perf_counter() - start
+        channel.send({"seconds": seconds, "waited": group.waited_s - waited, "peak": peak_rss()})
+
+
+def _prepared(groups, said: dict):  # noqa: ANN001, ANN202  types of modules imported only in a rank
+    import torch
+
+    from shardwright.comm.single import SingleGroup
+    from shardwright.layers.batch import Batch
+    from shardwright.models.config import ModelConfig
+    from shardwright.models.decoder import Decoder
+    from shardwright.models.specs import Cuts
+    from shardwright.train.recipe import OptimizerPart, ParallelPart, TrainPart
+    from shardwright.train.stepper import Stepper
+    from shardwright.train.windows import Micro
+
+    shape = SHAPES[said["shape"]]
+    config = ModelConfig(
+        family="llama",
+        head_size=shape["hidden"] // shape["heads"],
+        context=2048,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        **shape,
+    )
+    model = Decoder(config, groups.tensor, Cuts.balanced(config, groups.tensor.size, sequence=said["sequence"]))
+    if said["sync"] != "during":
+        groups = replace(groups, data=SingleGroup(groups.world))
+    train = TrainPart(steps=1, batch=BATCH, micro_batch=BATCH, recompute=said["recompute"])
+    parallel = ParallelPart(tensor=said["tensor"], data=said["data"], zero=False)
+    stepper = Stepper(model, groups, train, OptimizerPart(), parallel)
+    mine = BATCH // said["data"]
+    ids = torch.randint(shape["vocabulary"], (mine, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    batch = Batch.whole([row[:-1].tolist() for row in ids])
+    return stepper, [Micro(batch, ids[:, 1:].flatten(), 0)], BATCH * LENGTH
+
+
+def _sum_again(stepper, groups) -> None:  # noqa: ANN001
+    """The sum of all gradients with nothing to hide behind."""
+    groups.world.all_reduce(stepper.flat.grad, out=stepper.flat.grad)
+
+
+class Ours:
+    """Our ranks, alive and idle between measurements."""
+
+    def __init__(self, subject: Subject, stack: ExitStack) -> None:
+        self.ranks = subject.tensor * subject.data
+        target = f"benchmarks.{Path(__file__).stem}:serve"
+        self.job = stack.enter_context(SpawnedJob(self.ranks, target, [asdict(subject)]))
+
+    def run(self, steps: int) -> dict[str, float]:
+        """The slowest rank's seconds, the largest rank's peak, the mean share of waiting."""
+        self.job.send({"steps": steps})
+        told = [self.job.receive() for _ in range(self.ranks)]
+        seconds = max(each["seconds"] for each in told)
+        share = statistics.mean(each["waited"] / each["seconds"] for each in told)
+        return {"seconds": seconds, "peak": max(each["peak"] for each in told), "share": share}
+
+
+class Peer:
+    """A peer's processes, alive and idle between measurements."""
+
+    def __init__(self, peer: str, shape: str, stack: ExitStack) -> None:
+        place = stack.enter_context(tempfile.TemporaryDirectory())
+        said = {"peer": peer, "shape": SHAPES[shape], "batch": BATCH, "length": LENGTH, "store": f"{place}/store"}
+        self.processes = []
+        for rank in range(1 if peer == "one_process" else 2):
+            command = [sys.executable, str(Path(__file__).parent / "peer_train.py"), json.dumps({**said, "rank": rank})]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(command, text=True, **pipes)
+            stack.callback(process.kill)
+            self.processes.append(process)
+
+    def run(self, steps: int) -> dict[str, float]:
+        """As `Ours.run`."""
+        for process in self.processes:
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        told = [json.loads(process.stdout.readline()) for process in self.processes]
+        return {key: max(each[key] for each in told) for key in ("seconds", "peak")}
+
+
+def bare() -> int:
+    """Peak of a process that imports torch and ends."""
+    code = "import torch; print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) * 1024
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All sides of a case stay alive and are measured in turn."""
+    floor = bare()
+    for subject in CASES:
+        if not options.wants(str(subject)):
+            continue
+        steps = 4 if subject.shape == "27M" else 1
+        with ExitStack() as stack:
+            peers = ["one_process", "dtensor" if subject.tensor > 1 else "ddp"]
+            sides: dict[str, Ours | Peer] = {"ours": Ours(subject, stack)}
+            sides |= {peer: Peer(peer, subject.shape, stack) for peer in peers if options.wants_peer(peer)}
+            for side in sides.values():
+                side.run(1)
+            runs = {name: [] for name in sides}
+            for _ in range(options.repeat):
+                for name, side in sides.items():
+                    runs[name].append(side.run(steps))
+        tokens = BATCH * LENGTH * steps
+        rates = {name: tokens / statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
+        peaks = {name: (found[-1]["peak"] - floor) / 1e6 for name, found in runs.items()}
+        yield Case(str(subject), "tokens/s", rates).compare(smaller_is_better=False)
+        yield Case(f"{subject}, memory", "MB", peaks).compare(smaller_is_better=True)
+        yield Case(f"{subject}, waiting", "%", {"ours": 100 * statistics.median(r["share"] for r in runs["ours"])})
+    if options.wants("hidden"):
+        yield hidden(options)
+
+
+def hidden(options: Options) -> Case:
+    """Seconds of a step with the sum during the backward, after it, and without it."""
+    seconds = {}
+    with ExitStack() as stack:
+        subject = Subject("27M", tensor=1, data=2)
+        sides = {sync: Ours(replace(subject, sync=sync), stack) for sync in ("during", "after", "never")}
+        runs = {sync: [] for sync in sides}
+        for side in sides.values():
+            side.run(1)
+        for _ in range(2 * options.repeat):
+            for sync, side in sides.items():
+                runs[sync].append(side.run(2)["seconds"] / 2)
+        seconds = {sync: statistics.median(found) for sync, found in runs.items()}
+    sum_alone, left = seconds["after"] - seconds["never"], seconds["during"] - seconds["never"]
+    print(f"step {seconds}", file=sys.stderr)
+    return Case("27M dp 2 hidden", "hidden %", {"ours": 100 * (1 - left / sum_alone)})
+
+
+if __name__ == "__main__":
+    main("train_step", __doc__.splitlines()[0], cases)

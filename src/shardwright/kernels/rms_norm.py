@@ -1,0 +1,46 @@
+"""RMSNorm for training: the reference's values, and gradients in closed form instead of autograd's chain.
+
+Keeps only x and one number a row for the backward, and passes over the rows half as often.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shardwright.kernels import reference
+from shardwright.kernels.gradients import wanted
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * weight` over the last dim, as `reference.rms_norm`, bit for bit."""
+    if not wanted(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x r, r = 1 / sqrt(mean(x²) + eps), g = dy w: dx = r (g - n mean(g n)); dw = sum dy n."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, weight = ctx.saved_tensors
+        normed = x.to(scale.dtype) * scale
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            dw = (dy * normed.to(dy.dtype)).flatten(0, -2).sum(0)
+        if ctx.needs_input_grad[0]:
+            through = (dy * weight).to(scale.dtype)
+            along = torch.linalg.vecdot(through, normed)[..., None] / max(1, x.shape[-1])
+            dx = through.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype)
+        return dx, dw, None
