@@ -70,6 +70,9 @@ def serve(group: Group, channel: Channel, said: dict) -> None:
     stepper, micros, tokens = _prepared(groups, said)
     while (message := channel.receive()) is not None:
         group.barrier()
+        if "save" in message:
+            channel.send({"seconds": _saved(stepper, Path(message["save"]))})
+            continue
         start, waited = time.perf_counter(), group.waited_s
         for step in range(message["steps"]):
             stepper.update(stepper.gradient(micros, tokens, step), 1e-4)
@@ -110,6 +113,21 @@ def _prepared(groups, said: dict):  # noqa: ANN001, ANN202  types of modules imp
     ids = torch.randint(shape["vocabulary"], (mine, LENGTH + 1), generator=torch.Generator().manual_seed(1))
     batch = Batch.whole([row[:-1].tolist() for row in ids])
     return stepper, [Micro(batch, ids[:, 1:].flatten(), 0)], BATCH * LENGTH
+
+
+def _saved(stepper, run: Path) -> float:  # noqa: ANN001
+    """Seconds of the second of two checkpoints."""
+    import time
+
+    from shardwright.train.saving import Saver
+
+    saver = Saver(stepper, run, 2, {})
+    for step in (1, 2):
+        start = time.perf_counter()
+        problem = saver.save(step, {"losses": []})
+        if problem:
+            raise SystemExit(problem)
+    return time.perf_counter() - start
 
 
 def _sum_again(stepper, groups) -> None:  # noqa: ANN001
@@ -186,8 +204,15 @@ def cases(options: Options) -> Iterator[Case]:
         yield Case(str(subject), "tokens/s", rates).compare(smaller_is_better=False)
         yield Case(f"{subject}, memory", "MB", peaks).compare(smaller_is_better=True)
         yield Case(f"{subject}, waiting", "%", {"ours": 100 * statistics.median(r["share"] for r in runs["ours"])})
-    if options.wants("hidden"):
+    if options.wants("27M dp 2 hidden"):
         yield hidden(options)
+    if options.wants("27M tp 2 saving"):
+        with ExitStack() as stack:
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+            side = Ours(Subject("27M"), stack)
+            side.job.send({"save": place})
+            seconds = max(side.job.receive()["seconds"] for _ in range(2))
+            yield Case("27M tp 2 saving", "% of a minute", {"ours": 100 * seconds / 60})
 
 
 def hidden(options: Options) -> Case:

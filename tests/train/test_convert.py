@@ -39,7 +39,7 @@ def values_of(path: Path) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("ranks", [1, 5])
 def test_a_resharded_checkpoint_holds_the_same_bits_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
@@ -135,7 +135,7 @@ def test_what_was_trained_is_what_transformers_computes(tmp_path: Path) -> None:
     ids = [3, 200, 17, 5, 99]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")(torch.tensor([ids])).logits[0]
     ours = load(tmp_path / "exported", SingleGroup()).model(Batch.whole([ids]))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=float(1e-4 * theirs.abs().max()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=float(1e-4 * theirs.detach().abs().max()))
 
 
 def test_weights_beyond_a_files_size_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

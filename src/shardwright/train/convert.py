@@ -162,5 +162,5 @@ def _copy_tokenizer(checkpoint: Path, target: Path) -> None:
     place = checkpoint.parent.parent / TOKENIZER
     if place.is_dir() and place != target:
         target.mkdir(parents=True, exist_ok=True)
-        for file in place.iterdir():
+        for file in place.glob("*.json"):
             shutil.copyfile(file, target / file.name)

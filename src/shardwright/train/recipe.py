@@ -193,7 +193,8 @@ class Recipe(_Part):
 
 def _wrong(error: ValidationError) -> UsageError:
     """The first thing wrong, on one line."""
-    first = error.errors()[0]
+    unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+    first = (unknown or error.errors())[0]  # a misspelt key says more than the one that is missed for it
     own = first.get("ctx", {}).get("error")
     if isinstance(own, UsageError):
         return own

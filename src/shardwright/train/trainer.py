@@ -11,11 +11,11 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any, final
 
-from shardwright.checkpoint.durable import make_directory
+from shardwright.checkpoint.durable import make_directory, write_file
 from shardwright.comm.group import Group
 from shardwright.comm.memory import peak_rss
 from shardwright.comm.parallel import initialize_model_parallel
-from shardwright.errors import RankError
+from shardwright.errors import RankError, UsageError
 from shardwright.models.decoder import Decoder
 from shardwright.models.load import DTYPES, load
 from shardwright.models.specs import Cuts
@@ -111,14 +111,23 @@ class Trainer:
         return tokenizer, Windows(opened(path), data.sequence, data.validation, recipe.train.seed)
 
     def _prepare_tokenizer(self, corpus: Corpus) -> None:
+        """Make it unless it is there; refuse one that was made of something else."""
         place, wanted = self.recipe.directory / "tokenizer", self.recipe.data.tokenizer
-        if (place / "tokenizer.json").exists():
-            return
-        if isinstance(wanted, int):
-            train_bpe(corpus.texts(), wanted, place)
-        else:
+        source = None
+        if not isinstance(wanted, int):
             source = model_path(self.recipe) if wanted == "model" else self.recipe.place(wanted)
+        made_of, said = place / "made_of.txt", str(source or f"{wanted} words of the data")
+        if made_of.exists():
+            before = made_of.read_text()
+            if before != said:
+                problem = f"{place} was made of {before}"
+                raise UsageError("data.tokenizer", wanted, problem, "use another output.directory")
+            return
+        if source is None:
+            train_bpe(corpus.texts(), int(wanted), place)
+        else:
             model_tokenizer(source).save(place)
+        write_file(made_of, [said.encode()])
 
     def _model(self, origin: Origin) -> Decoder:
         group, sequence = self.groups.tensor, self.recipe.parallel.sequence
