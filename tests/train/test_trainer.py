@@ -103,24 +103,26 @@ def test_bfloat16_with_wide_masters_follows_float32(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_normalised_by_the_true_number_of_tokens(tmp_path: Path) -> None:
-    """The last sequence is short, and lies in one data rank's share: the mean of ranks' means would be another loss."""
+    """The last sequence is short, and in one data rank's share. Planted: the mean of ranks' means is another loss."""
     found = []
     for name, data in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         recipe = recipe_of(tmp_path / name, data={"validation": 0.0, "sequence": 60}, parallel={"data": data})
 
-        def body(group: Group, recipe: Recipe = recipe) -> tuple[float, float, list[int]]:
+        def body(group: Group, recipe: Recipe = recipe) -> tuple[float, float, list[int], float]:
             trainer = Trainer(recipe, group)
             windows = trainer.windows
             chosen = [0, windows.training - 1]
             targets = [windows.targets(window) for window in chosen]
             micros = windows.micros(chosen, trainer.place.data, group.size, 2)
             gradient = trainer.stepper.gradient(micros, sum(targets), 0)
-            return gradient.loss, gradient.norm, targets
+            own = torch.cat([trainer.stepper.losses(micro).detach() for micro in micros]).mean()
+            return gradient.loss, gradient.norm, targets, float(group.all_reduce(own)) / group.size
 
         found += on_threads(data, body)
     assert found[0][2][1] < 60, "the last one must be short for this to say anything"
-    for loss, norm, _ in found:
+    assert abs(found[1][3] - found[0][0]) > 1e-4
+    for loss, norm, *_ in found:
         assert (loss, norm) == (pytest.approx(found[0][0], rel=1e-6), pytest.approx(found[0][1], rel=1e-5))
 
 
