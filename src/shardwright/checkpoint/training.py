@@ -21,6 +21,7 @@ from shardwright.checkpoint.entry import Entry, quoted
 from shardwright.checkpoint.extents import Box, volume
 from shardwright.checkpoint.file import File
 from shardwright.checkpoint.json_object import read_object
+from shardwright.checkpoint.stored import Plain
 from shardwright.errors import FileError
 from shardwright.layout.spec import Piece, boxes
 
@@ -195,7 +196,7 @@ class TrainingCheckpoint:
                     view = target
                     for dim, ((low, high), (start, _), (to, _)) in enumerate(zip(common, wanted, local, strict=True)):
                         view = view.narrow(dim, to + low - start, high - low)
-                    transfer(self._files[stored.file], stored.entry, _within(stored, common), view)
+                    transfer(Plain(self._files[stored.file], stored.entry), _within(stored, common), view)
             if missing:
                 problem = f"{missing:,} elements of {kind} {quoted(piece.source)} are not in it"
                 raise FileError(self.path, problem, "check that it is of this model")
