@@ -1,4 +1,4 @@
-"""Memory against speed, one point a layout, the best of them named. Knows no planner: it is given points."""
+"""Memory against speed, one point a layout, the best of them numbered. Knows no planner: it is given points."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ def frontier(path: Path | IO[bytes], points: Sequence[Point], *, title: str, lim
         if chosen:
             across, up = zip(*chosen, strict=True)
             axes.scatter(across, up, s=18, color=colour, label=said)
-    for label, memory, speed, usable in sorted(points, key=lambda point: -point[2] if point[3] else 0.0)[:NAMED]:
-        if usable:
-            axes.annotate(label, (memory, speed), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    best = sorted((point for point in points if point[3]), key=lambda point: -point[2])[:NAMED]
+    for at, (label, memory, speed, _) in enumerate(best, 1):
+        axes.annotate(str(at), (memory, speed), fontsize=8, xytext=(4, 4), textcoords="offset points")
+        axes.plot([], [], " ", label=f"{at}  {label}")
     axes.axvline(limit, color="black", linestyle="--", linewidth=1, label="memory of a device")
-    axes.set(title=title, xlabel="GiB on the fullest device", ylabel="tokens a second", xscale="log")
-    axes.legend(fontsize=8)
+    axes.set(title=title, xlabel="GiB on the fullest device", ylabel="tokens a second")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
     figure.savefig(path, format=None if isinstance(path, Path) else "svg")

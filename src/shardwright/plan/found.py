@@ -58,7 +58,8 @@ class Loser:
 class Found:
     """A plan. best is None where nothing fits; warnings: the rules that the winner breaks.
 
-    stages: bytes by kind on a rank of each stage of the winner · seconds: its step by kind · frontier: (label, bytes,
+    stages: bytes by kind on a rank of each stage of the winner · seconds: a step by kind of the winner and the next
+    ones that fit · frontier: (label, bytes,
     tokens a second, fits) of every shape, to draw.
     """
 
@@ -71,13 +72,14 @@ class Found:
     losers: tuple[Loser, ...]
     warnings: tuple[str, ...]
     stages: tuple[dict[str, float], ...]
-    seconds: dict[str, float]
+    seconds: tuple[tuple[str, dict[str, float]], ...]
     frontier: tuple[tuple[str, float, float, bool], ...] = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """One object; losers' layouts are said in short, as `tp4 pp2 dp1 …`, beside their figures."""
         said = asdict(self)
         said.pop("frontier")
+        said["seconds"] = self.seconds[0][1] if self.best else {}
         said["losers"] = [
             {"layout": str(loser.layout), "reason": loser.reason, **asdict(loser.layout)} for loser in self.losers
         ]

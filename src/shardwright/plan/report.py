@@ -29,9 +29,9 @@ def write_page(found: Found, memory: float, path: Path) -> None:
             "Memory of a rank, by pipeline stage",
             lambda stream: bars(stream, stages, title=str(found.best), unit="GiB", limit=memory / GIB),
         )
-        steps = [(str(found.best), found.seconds)]
         page.picture(
-            "Time of a step by kind", lambda stream: bars(stream, steps, title="the winner's step", unit="seconds")
+            "Time by kind, the winner first",
+            lambda stream: bars(stream, found.seconds, title=_time_of(found), unit="seconds"),
         )
     points = [(label, nbytes / GIB, speed, usable) for label, nbytes, speed, usable in found.frontier]
     page.picture(
@@ -44,3 +44,7 @@ def write_page(found: Found, memory: float, path: Path) -> None:
     ]
     page.table(("layout", "step, s", "GiB", "why it lost"), rows)
     page.write(path)
+
+
+def _time_of(found: Found) -> str:
+    return "a training step" if found.mode == "train" else "a token"

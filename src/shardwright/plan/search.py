@@ -25,6 +25,9 @@ from shardwright.plan.unequal import equal_machine, shares
 SHOWN = 40
 """Losers that are explained: the best of each shape tp x pp x dp, fastest first, those that do not fit last."""
 
+COMPARED = 8
+"""Shapes whose steps are drawn side by side."""
+
 BYTES_A_PARAMETER = 18
 """Weights, gradients and optimiser in mixed precision: what unequal devices share out."""
 
@@ -82,7 +85,7 @@ def plan_training(model: str, blocks: Blocks, cluster: Cluster, training: Traini
         losers=tuple(losers),
         warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
         stages=() if one is None else by_kind(memory.held(one, np.arange(int(one.split.pp))), int(one.split.pp)),
-        seconds={} if best is None else {kind: float(v[best]) for kind, v in priced.step.__dict__.items()},
+        seconds=tuple(_seconds(priced, at) for at in shapes if priced.fits[at])[:COMPARED],
         frontier=tuple(_point(priced, at) for at in shapes),
     )
 
@@ -146,6 +149,11 @@ def _reason(priced: Priced, at: int, best: int | None) -> str:
         return why_not_fitting(priced.scene, at)
     said, pipeline = why_slower(priced.step, at, best), waits(priced.scene, at)
     return f"{said} ({pipeline})" if "bubble" in said else said
+
+
+def _seconds(priced: Priced, at: int) -> tuple[str, dict[str, float]]:
+    kinds = {kind: float(value[at]) for kind, value in priced.step.__dict__.items()}
+    return str(priced.layout(at)), kinds
 
 
 def _point(priced: Priced, at: int) -> tuple[str, float, float, bool]:

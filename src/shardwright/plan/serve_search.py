@@ -16,7 +16,7 @@ from shardwright.plan.hardware import Cluster
 from shardwright.plan.memory import Memory, stage_parameters
 from shardwright.plan.quantities import Floats, picked
 from shardwright.plan.reasons import largest
-from shardwright.plan.search import SHOWN, imbalance, machine_of
+from shardwright.plan.search import COMPARED, SHOWN, imbalance, machine_of
 from shardwright.plan.serving import Load, Server, Service, Stage, service
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -64,7 +64,7 @@ def plan_serving(
         losers=tuple(losers),
         warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
         stages=stages,
-        seconds={} if winner is None else _seconds(seen, winner, best),
+        seconds=tuple(_seconds(seen, layouts.at(i), i) for i in chosen if good[i])[:COMPARED],
         frontier=tuple((str(layouts.at(i)), float(held.total[i]), float(rate[i]), bool(good[i])) for i in chosen),
     )
 
@@ -164,11 +164,9 @@ def _of_stages(stage: Stage, load: Load, stages: int) -> Memory:
     return Memory(**{kind: np.broadcast_to(value, stages) for kind, value in held.__dict__.items()})
 
 
-def _seconds(seen: Service, winner: Layout, at: int | None) -> dict[str, float]:
-    step = winner.step_s
-    spoken = winner.communication_share * step
-    return {
-        "decode": step - spoken,
-        "communication": spoken,
-        "waiting for prefills": float(seen.per_token[at]) - step,
-    }
+def _seconds(seen: Service, layout: Layout, at: int) -> tuple[str, dict[str, float]]:
+    """A token's seconds by kind."""
+    step = layout.step_s
+    spoken = layout.communication_share * step
+    waiting = float(seen.per_token[at]) - step
+    return str(layout), {"decode": step - spoken, "communication": spoken, "waiting for prefills": waiting}
