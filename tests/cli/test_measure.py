@@ -14,7 +14,7 @@ from shardwright.cli import measure
 from shardwright.cli.main import app
 from shardwright.errors import FileError
 
-ROW = {"rank": 0, "bandwidth": 15e9, "gemm": 1e11, "small_s": 1e-5, "large_s": 1e-3}
+ROW = {"rank": 0, "bandwidth": 15e9, "gemm": 1e11, "small_s": 1e-5, "paced_s": 1e-5, "large_s": 1e-3}
 
 
 @pytest.fixture

@@ -13,3 +13,4 @@ def test_every_rank_has_its_figures(ranks: int, monkeypatch: pytest.MonkeyPatch)
     assert [figures.rank for figures in found] == list(range(ranks))
     for figures in found:
         assert min(figures.bandwidth, figures.gemm, figures.small_s, figures.large_s) > 0
+        assert figures.paced_s >= figures.small_s

@@ -123,11 +123,21 @@ def _show(said: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("ranks", "rank", "memory, GB/s", "products, GFLOP/s", "all-reduce 2.3 kB, µs", "4 MiB, ms"):
+    for heading in (
+        "ranks",
+        "rank",
+        "memory, GB/s",
+        "products, GFLOP/s",
+        "2.3 kB, µs",
+        "between work, µs",
+        "4 MiB, ms",
+    ):
         table.add_column(heading)
+    scale = {"bandwidth": 1e-9, "gemm": 1e-9, "small_s": 1e6, "paced_s": 1e6, "large_s": 1e3}
     for n, rows in said["ranks"].items():
         for row in rows:
-            figures = (row["bandwidth"] / 1e9, row["gemm"] / 1e9, row["small_s"] * 1e6, row["large_s"] * 1e3)
-            table.add_row(n, f"{row['rank']:.0f}", *(f"{figure:.1f}" for figure in figures))
+            table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in scale.items()))
     Console().print(table)
-    print(f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; kept in {cache_file()}")
+    print(
+        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; all-reduces of 2.3 kB, 4 MiB; kept in {cache_file()}"
+    )

@@ -16,8 +16,8 @@ from shardwright.plan.serving import Load, Stage, server, service
 ALIKE = 0.15
 """Ranks whose speeds differ by less are planned as equal: a rerun differs by as much."""
 
-LARGE_BYTES, SMALL_BYTES = 4 << 20, 4 * 576
-"""Of the two all-reduces that are measured."""
+LARGE_BYTES = 4 << 20
+"""Of the large all-reduce that is measured."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Measured:
 
 
 def _least(row: Mapping[str, float]) -> float:
-    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "large_s"))
+    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "paced_s", "large_s"))
 
 
 def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
@@ -64,10 +64,10 @@ def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
 
 
 def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machine:
-    """Latency is the small all-reduce's; the links' rate is what the large one then leaves."""
+    """Latency is that of a small all-reduce between work; the links' rate is what the large one takes beyond that."""
     share = 2 * (ranks - 1) / ranks
-    latency = row["small_s"] if ranks > 1 else 0.0
-    rate = share * LARGE_BYTES / max(row["large_s"] - latency, 1e-9) if ranks > 1 else 1e12
+    latency = row["paced_s"] if ranks > 1 else 0.0
+    rate = share * LARGE_BYTES / max(row["large_s"] - row["small_s"], 1e-9) if ranks > 1 else 1e12
     constants = curve_constants("cpu") | {"latency": latency}
     return Machine(
         memory=measured.memory / ranks,

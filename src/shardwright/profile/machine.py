@@ -19,6 +19,9 @@ SECONDS = 0.5
 READ = 512 << 20
 """Bytes of the matrix that all ranks together read: beyond the caches that they share."""
 
+PIECE = 3 << 20
+"""Bytes read between two all-reduces that are measured between work: about what a layer's half of a small model is."""
+
 SIDE = 512
 """Side of the square product."""
 
@@ -28,13 +31,22 @@ SMALL, LARGE = 576, 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """One rank's: bytes and operations a second in float32, seconds of a small and a large all-reduce."""
+    """One rank's: bytes and operations a second in float32, seconds of a small and a large all-reduce.
+
+    paced_s: what a small all-reduce adds to the reading before it. Where ranks outnumber cores that is far more than it
+    takes by itself, since a rank that sleeps keeps the others waiting.
+    """
 
     rank: int
     bandwidth: float
     gemm: float
     small_s: float
+    paced_s: float
     large_s: float
+
+
+PACED = 60
+"""Pieces read, at most."""
 
 
 def measure_rank(group: Group, channel: Channel) -> None:
@@ -52,11 +64,13 @@ def figures(group: Group, seconds: float = SECONDS) -> RankFigures:
     read = _each(group, lambda: torch.mv(matrix, vector), seconds)
     multiplied = _each(group, lambda: torch.mm(square, square), seconds)
     small, large = torch.ones(SMALL), torch.ones(LARGE)
+    alone = _reduced(group, small, 400)
     return RankFigures(
         rank=group.rank,
         bandwidth=rows * 1024 * 4 / read,
         gemm=2 * SIDE**3 / multiplied,
-        small_s=_reduced(group, small, 400),
+        small_s=alone,
+        paced_s=max(alone, _paced(group, matrix, vector, small) - PIECE * read / (rows * 4096)),
         large_s=_reduced(group, large, 20),
     )
 
@@ -80,3 +94,14 @@ def _reduced(group: Group, x: torch.Tensor, calls: int) -> float:
     for _ in range(calls):
         group.all_reduce(x)
     return (time.perf_counter() - started) / calls
+
+
+def _paced(group: Group, matrix: torch.Tensor, vector: torch.Tensor, small: torch.Tensor) -> float:
+    """Seconds of reading a piece and summing, piece after piece through the matrix."""
+    pieces = torch.split(matrix, PIECE // 4096)[:PACED]
+    group.barrier()
+    started = time.perf_counter()
+    for piece in pieces:
+        torch.mv(piece, vector)
+        group.all_reduce(small)
+    return (time.perf_counter() - started) / len(pieces)
