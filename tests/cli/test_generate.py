@@ -204,3 +204,21 @@ def test_a_killed_rank_is_named_and_nothing_is_left() -> None:
         last = process.stderr.read().strip().splitlines()[-1]
         assert last.startswith(f"shardwright: rank 1 (pid {children[1]}) was killed by SIGKILL")
         assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_family_that_torch_decodes_is_said_to_be(tmp_path: Path) -> None:
+    """OPT has LayerNorm, which the compiled step lacks; the summary line names it. Five heads on three ranks."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 30, "ffn_dim": 11, "num_hidden_layers": 1, "num_attention_heads": 5, "vocab_size": 9}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=30, pad_token_id=8)).save_pretrained(tmp_path)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(9)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    done = run("generate", "--raw", "--tp", "3", "--max-tokens", "3", "--model", str(tmp_path), "w3 w4 w5")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.rstrip().endswith("decoded by torch: the compiled step has no LayerNorm")

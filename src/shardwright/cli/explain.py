@@ -109,7 +109,7 @@ def _show(found: "Sequence[Holding]", layer: int, layers: int) -> None:
             )
         console.print(table)
     if layers > 1:
-        print(f"\nlayer {layer} and both ends; the other {layers - 1} layers are cut alike. * is held by several ranks")
+        print(f"\nlayer {layer} and both ends; all {layers} layers are cut alike. * is held by several ranks")
 
 
 def _picture(holding: "Holding") -> str:
