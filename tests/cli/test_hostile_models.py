@@ -14,12 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.checkpoint.blocks import random_blocks
 from tests.text.test_directory import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from shardwright.checkpoint.entry import BLOCKS
 
 USAGE, FILE, UNSUPPORTED = 2, 3, 4
 Damage = Callable[[Path], object]
@@ -160,3 +165,91 @@ def commands() -> list[bytes]:
         except OSError:
             continue
     return found
+
+
+@pytest.fixture(scope="module")
+def sound_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one layer with random Q4_K, Q6_K and IQ4_NL blocks and a SentencePiece tokenizer of 300 pieces."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, number in {"embedding_length": 256, "feed_forward_length": 512, "block_count": 1}.items():
+        writer.add_uint32(f"llama.{name}", number)
+    writer.add_head_count(4)
+    writer.add_context_length(64)
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN",
+    ]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(i) for i in range(300)])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 41])
+    for name, number in {"bos": 1, "eos": 2, "unknown": 0}.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    random = np.random.default_rng(0)
+    sizes = {"attn_q": 256, "attn_k": 256, "attn_v": 256, "attn_output": 256, "ffn_gate": 512, "ffn_up": 512}
+    for i, (name, rows) in enumerate({"token_embd": 300, "output": 300, "ffn_down": 256, **sizes}.items()):
+        dtype, columns = ("q4_k", "q6_k", "iq4_nl")[i % 3], 512 if name == "ffn_down" else 256
+        block = BLOCKS[dtype]
+        raw = random_blocks(dtype, rows * columns // block.elements, random)
+        at = 208 if dtype == "q6_k" else 0
+        raw[:, at : at + 2] = np.array([0.001], dtype=np.float16).view(np.uint8)
+        if dtype == "q4_k":
+            raw[:, 2:4] = raw[:, :2]
+        kind = gguf.GGMLQuantizationType[dtype.upper()]
+        prefix = "" if i < 2 else "blk.0."
+        writer.add_tensor(f"{prefix}{name}.weight", raw.reshape(rows, -1), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(256, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def replaced(old: bytes, new: bytes) -> Damage:
+    def damage(path: Path) -> None:
+        content = path.read_bytes()
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+
+    return damage
+
+
+COUNT = b"llama.block_count" + struct.pack("<I", 4)
+KIND = b"blk.0.ffn_down.weight" + struct.pack("<IQQ", 2, 512, 256)
+MODEL = b"ggml.model" + struct.pack("<IQ", 8, 5)
+GGUF_DAMAGES: dict[str, tuple[Damage, int, str]] = {
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 5_000), FILE, "but the file has"),
+    "trailing": (lambda path: os.truncate(path, path.stat().st_size + 40), FILE, "its last tensor ends at byte"),
+    "layers": (replaced(COUNT + b"\1\0\0\0", COUNT + b"\7\0\0\0"), FILE, "tensor 'blk.1.attn_norm.weight' is missing"),
+    "layers beyond": (replaced(COUNT + b"\1\0\0\0", COUNT + b"\xff\xff\0\0"), FILE, "llama.block_count is 65535"),
+    "dimension": (replaced(KIND, KIND[:-8] + b"\xff" * 8), FILE, "2^63 elements or more"),
+    "type": (replaced(KIND + b"\x14", KIND + b"\x13"), UNSUPPORTED, "has type IQ1_S"),
+    "unknown type": (replaced(KIND + b"\x14", KIND + b"\x63"), UNSUPPORTED, "has type 99"),
+    "UTF-8": (replaced(b"llama.block_count", b"llama.block_\xff\xff\xff\xff\xff"), FILE, "is not valid UTF-8"),
+    "kind": (replaced(MODEL + b"llama", MODEL + b"plama"), UNSUPPORTED, "model=plama"),
+}  # fmt: skip
+
+
+def test_the_sound_gguf_generates(sound_gguf: Path) -> None:
+    done = run(sound_gguf, "--raw")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", GGUF_DAMAGES)
+def test_gguf_refused_on_one_line(name: str, sound_gguf: Path, tmp_path: Path) -> None:
+    damage, code, said = GGUF_DAMAGES[name]
+    path = tmp_path / "model.gguf"
+    shutil.copy(sound_gguf, path)
+    damage(path)
+    done = run(path, "--raw")
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith(f"shardwright: {path}: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not any(str(path).encode() in command for command in commands())
