@@ -78,7 +78,7 @@ class LLM:
         stop = tuple(sorted(self.source.tokenizer.stop_ids))
         requests = [
             Request(number=number, tokens=tuple(ids), params=params or SamplingParams(), stop=stop)
-            for number, ids in enumerate(self.source.encode(prompt, raw=raw) for prompt in batch)
+            for number, ids in enumerate(self.source.encode_all(batch, raw=raw))
         ]
         generated: list[list[int]] = [[] for _ in requests]
         finishes: dict[int, Finish] = {}

@@ -39,13 +39,21 @@ class ModelSource:
         Raises:
             UsageError: the prompt is empty, too long for the context, or has ids outside the vocabulary.
         """
-        if not prompt:
-            raise UsageError("prompt", repr(prompt), "there is nothing to continue", "give it some text")
-        if isinstance(prompt, str):
-            chat = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.encode(prompt) if raw else self.tokenizer.chat(chat)
+        return self.encode_all([prompt], raw=raw)[0]
+
+    def encode_all(self, prompts: Sequence[str | Sequence[int]], *, raw: bool) -> list[list[int]]:
+        """The same of many; their chat template runs once."""
+        for prompt in prompts:
+            if not prompt:
+                raise UsageError("prompt", repr(prompt), "there is nothing to continue", "give it some text")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if raw or not texts:
+            encoded = iter([self.tokenizer.encode(text) for text in texts])
         else:
-            ids = list(prompt)
+            encoded = iter(self.tokenizer.chats([[{"role": "user", "content": text}] for text in texts]))
+        return [self._checked(prompt, next(encoded) if isinstance(prompt, str) else list(prompt)) for prompt in prompts]
+
+    def _checked(self, prompt: str | Sequence[int], ids: list[int]) -> list[int]:
         if not ids:
             problem = "the model's tokenizer, or its chat template, makes no token of it"
             raise UsageError("prompt", repr(prompt)[:60], problem, "use --raw, or another text")

@@ -2,7 +2,7 @@
 
 Decides whose fault an error is, and how long a template may take. Knows nothing of tokens. Templates come from a
 model's file and are not trusted: each runs in a process of its own (`render`), in Jinja's sandbox, with limits of time
-and memory..
+and memory. Starting one takes a tenth of a second, so that many conversations share one.
 """
 
 import json
@@ -16,48 +16,52 @@ from shardwright.text.parts import one_line
 
 NO_MESSAGES: Mapping[str, str] = {}
 
-SECONDS = 5.0
-"""Longest a template may take, with the start of its process. Those of models take some milliseconds."""
+SECONDS, EACH = 5.0, 0.1
+"""Longest a template may take, with the start of its process, and for each further conversation. Those of models take
+some milliseconds."""
 
 Message = Mapping[str, object]
 
 
 def render(
     template: str,
-    messages: Sequence[Message],
+    conversations: Sequence[Sequence[Message]],
     *,
     names: Mapping[str, str] = NO_MESSAGES,
     add_generation_prompt: bool = True,
     origin: Path | str = "chat template",
     seconds: float = SECONDS,
-) -> str:
-    """The conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
+) -> list[str]:
+    """Each conversation as text, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
-    `messages` hold plain JSON values; keys that are None count as absent. `names` are the special tokens a template may
+    Messages hold plain JSON values; keys that are None count as absent. `names` are the special tokens a template may
     write (`bos_token`, …), `origin` is the file it came from.
 
     Raises:
         UsageError: there are no messages, or the template refuses them, or they are no plain values.
         FileError: the template is no valid one, tries to leave the sandbox, or takes too long or too much memory.
     """
-    if not messages:
+    if not all(conversations):
         raise UsageError("messages", "[]", "a conversation has at least one message", "add one with role user")
-    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    values = {
-        "messages": plain,
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-        **names,
-    }
-    said = _asked({"template": template, "values": values}, origin, seconds)
-    match said:
+    common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **names}
+    values = [
+        {"messages": [{key: value for key, value in message.items() if value is not None} for message in messages]}
+        | common
+        for messages in conversations
+    ]
+    request = {"template": template, "conversations": values}
+    said = _asked(request, origin, seconds + EACH * (len(conversations) - 1))
+    return [_text(answer, len(messages), origin) for answer, messages in zip(said, conversations, strict=True)]
+
+
+def _text(answer: Mapping[str, str], messages: int, origin: Path | str) -> str:
+    match answer:
         case {"text": text}:
             return text
         case {"refused": problem}:
             raise UsageError(
                 "messages",
-                f"<{len(messages)} messages>",
+                f"<{messages} messages>",
                 f"the model's chat template refuses them: {one_line(problem)}",
                 "check their roles and contents, or use --raw",
             )
@@ -65,18 +69,17 @@ def render(
             raise _bad(origin, f"does not compile: {one_line(problem)}", "correct it, or use --raw")
         case {"sandbox": problem}:
             raise _bad(origin, f"leaves the sandbox: {one_line(problem)}", "use --raw")
-    raise _bad(origin, f"takes {said['size']}", "use --raw")
+    raise _bad(origin, f"takes {answer['size']}", "use --raw")
 
 
-def _asked(request: Mapping[str, object], origin: Path | str, seconds: float) -> dict[str, str]:
+def _asked(request: Mapping[str, object], origin: Path | str, seconds: float) -> list[dict[str, str]]:
     """What a process of its own answers."""
     try:
         text = json.dumps(request)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError("messages", "<…>", f"they are no plain JSON: {one_line(error)}", "use strings") from error
-    program = Path(__file__).with_name("render.py")
     # -P: the program's own folder is no place to import from.
-    command = [sys.executable, "-P", str(program)]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("render.py"))]
     try:
         done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -84,8 +87,8 @@ def _asked(request: Mapping[str, object], origin: Path | str, seconds: float) ->
     if done.returncode:
         problem = done.stderr.decode(errors="replace").strip().rpartition("\n")[2] or f"signal {-done.returncode}"
         raise _bad(origin, f"ended its process: {one_line(problem)}", "use --raw")
-    answer: dict[str, str] = json.loads(done.stdout)
-    return answer
+    answers: list[dict[str, str]] = json.loads(done.stdout)
+    return answers
 
 
 def _bad(origin: Path | str, problem: str, remedy: str) -> FileError:

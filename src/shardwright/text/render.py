@@ -1,4 +1,4 @@
-"""A process of its own that renders one chat template: `python -P render.py < request > answer`, both JSON.
+"""A process of its own that renders a chat template: `python -P render.py < request > answers`, both JSON.
 
 Decides what a template may see: plain values in Jinja's sandbox, Hugging Face's dialect, and no more memory than
 `MEMORY`. The sandbox bars the way to Python's internals; that a template neither runs for ever nor fills the machine
@@ -8,11 +8,10 @@ is what a process is for, which the system limits and whoever started it ends. R
 import json
 import resource
 import sys
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Never
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -28,8 +27,8 @@ LONGEST = 4_000_000
 """Characters that may come of it."""
 
 
-def answer(request: Mapping[str, object]) -> dict[str, str]:
-    """`{"text": …}`, or one of `syntax`, `sandbox`, `refused`, `size` with what is to be said."""
+def answers(source: str, conversations: list[dict[str, object]]) -> list[dict[str, str]]:
+    """For each `{"text": …}`, or one of `syntax`, `sandbox`, `refused`, `size` with what is to be said."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -37,12 +36,15 @@ def answer(request: Mapping[str, object]) -> dict[str, str]:
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     try:
-        template = environment.from_string(str(request["template"]))
+        template = environment.from_string(source)
     except TemplateSyntaxError as error:
-        return {"syntax": f"line {error.lineno}: {error.message}"}
+        return [{"syntax": f"line {error.lineno}: {error.message}"}] * len(conversations)
     except (SyntaxError, RecursionError, ValueError, OverflowError) as error:
-        return {"syntax": str(error)}
-    values = request["values"]
+        return [{"syntax": str(error)}] * len(conversations)
+    return [_answer(template, values) for values in conversations]
+
+
+def _answer(template: Template, values: dict[str, object]) -> dict[str, str]:
     try:
         text = template.render(values)
     except SecurityError as error:
@@ -82,15 +84,15 @@ def _now(layout: str) -> str:
 
 
 def main() -> None:
-    """One request, one answer."""
+    """One request, all its answers."""
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     request = json.loads(sys.stdin.buffer.read())
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     try:
-        said = answer(request)
+        said = answers(request["template"], request["conversations"])
     except MemoryError:
-        said = {"size": f"more than {MEMORY:,} bytes of memory"}
+        said = [{"size": f"more than {MEMORY:,} bytes of memory"}] * len(request["conversations"])
     # ASCII, so that half a surrogate pair that a template made goes through.
     sys.stdout.write(json.dumps(said))
 

@@ -98,15 +98,21 @@ class Tokenizer:
             UsageError: there is no chat template, or it refuses these messages.
             FileError: the template itself is broken.
         """
+        return self.chats([messages], add_generation_prompt=add_generation_prompt)[0]
+
+    def chats(
+        self, conversations: Sequence[Sequence[Mapping[str, object]]], *, add_generation_prompt: bool = True
+    ) -> list[list[int]]:
+        """The same of many, at little more than the time of one."""
         from shardwright.text.chat import render
 
         if self.chat_template is None:
             raise UsageError("model", self.origin, "its tokenizer has no chat template", "use --raw")
-        text = render(
+        texts = render(
             self.chat_template,
-            messages,
+            conversations,
             names=self.names,
             add_generation_prompt=add_generation_prompt,
             origin=self.origin,
         )
-        return self.encode(text, special=False)
+        return [self.encode(text, special=False) for text in texts]
