@@ -78,8 +78,9 @@ def _packing(path: str, said: Said, method: str) -> Packing:
     awq = method == "awq"
     bits, group = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size"))
     version = said.get("version" if awq else "checkpoint_format", "gemm" if awq else "gptq")
+    width = bits if isinstance(bits, int) else 0
     known = {
-        "bits": (bits, (4,) if awq else (2, 4, 8)),
+        "bits": (width or repr(bits), (4,) if awq else (2, 4, 8)),
         "version" if awq else "checkpoint_format": (version, ("gemm", "GEMM") if awq else ("gptq", "gptq_v2")),
         "zero_point": (said.get("zero_point", True), (True,)),
         "dynamic": (said.get("dynamic") or None, (None,)),
@@ -93,8 +94,7 @@ def _packing(path: str, said: Said, method: str) -> Packing:
     if type(group) is not int or (group != -1 and not 1 <= group <= 1 << 20):
         problem = f"quantization_config.group_size is {group!r:.60}, neither -1 nor a size"
         raise FileError(f"{path}/config.json", problem, "download it again")
-    assert isinstance(bits, int)
-    return Packing(method, bits, max(group, 0), zero_offset=int(not awq and version == "gptq"))
+    return Packing(method, width, max(group, 0), zero_offset=int(not awq and version == "gptq"))
 
 
 def _block(path: str, said: Said) -> tuple[int, int]:
