@@ -105,6 +105,18 @@ class Interleaved(nn.Module):
         return self.narrow(self.wide(y.transpose(1, 2)).relu()).transpose(1, 2)
 
 
+class Telling(nn.Module):
+    """It returns its hidden layer too, and logits by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.out = nn.Linear(12, 19), nn.Linear(19, 12), nn.Linear(12, 20)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.up(x).relu()
+        return self.out(self.down(hidden)).unflatten(-1, (5, 4)), hidden
+
+
 def encoder(dropout: float = 0.0) -> nn.Module:
     layer = nn.TransformerEncoderLayer(24, 6, 44, dropout=dropout, batch_first=True)
     return nn.TransformerEncoder(layer, 2)
@@ -124,9 +136,21 @@ def build(name: str) -> tuple[nn.Module, Any]:
         "twice": (Twice(), (narrow,)),
         "chained": (Chained(), (narrow,)),
         "interleaved": (Interleaved(), (narrow,)),
+        "telling": (Telling(), (narrow,)),
     }
     module, inputs = modules[name]
     return module.double(), inputs
 
 
-FOREIGN = ("encoder", "decoder", "attention", "uneven", "mixer", "branching", "twice", "chained", "interleaved")
+FOREIGN = (
+    "encoder",
+    "decoder",
+    "attention",
+    "uneven",
+    "mixer",
+    "branching",
+    "twice",
+    "chained",
+    "interleaved",
+    "telling",
+)

@@ -13,6 +13,7 @@ from torch.fx import Node
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.chains import NOTHING, Chain, Classes, chains_of, classes_of
 from shardwright.parallelize.flow import Flow, Rule, shape_of
+from shardwright.parallelize.labels import compact, varying
 from shardwright.parallelize.rules import custom_function, proven_rule, rule_of
 from shardwright.parallelize.trace import Trace
 
@@ -64,7 +65,7 @@ def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
     chosen: list[Chain] = []
     taken: Dims = set()
     for chain in sorted((c for c in chains if c.granules), key=lambda chain: _price(chain, trace, nodes)):
-        reason = _reluctance(chain, nodes)
+        reason = _reluctance(chain, nodes, flow, classes)
         if not reason and (clash := {name for name, _ in taken} & set(chain.parameters)):
             reason = f"with it {min(clash)} would be cut along its other dim, which moves more"
         if reason:
@@ -96,9 +97,14 @@ def _price(chain: Chain, trace: Trace, nodes: dict[str, Node]) -> float:
     return moved / max(1, sum(prod(trace.shapes[name]) for name in chain.parameters))
 
 
-def _reluctance(chain: Chain, nodes: dict[str, Node]) -> str:
-    """A table that is only looked up computes nothing, and splitting it would make every lookup a sum over ranks."""
-    lookups = [name for name in chain.consumers if str(nodes[name].target).startswith("aten.embedding")]
-    if not lookups:
-        return ""
-    return "a lookup computes nothing, and cutting the table by rows would sum every lookup over the ranks"
+def _reluctance(chain: Chain, nodes: dict[str, Node], flow: Flow, classes: Classes) -> str:
+    """Why a chain that could be split is not: a lookup computes nothing; an output is joined in the ranks' order."""
+    if any(str(nodes[name].target).startswith("aten.embedding") for name in chain.consumers):
+        return "a lookup computes nothing, and cutting the table by rows would sum every lookup over the ranks"
+    for name in chain.exits:
+        labels = compact(flow.findings.exits[name])
+        owners = classes.of[labels.numpy().reshape(-1)]
+        runs = 1 + int((owners[1:] != owners[:-1]).sum())
+        if chain.consumers or len(varying(labels)) != 1 or (labels < 0).any() or runs != len(set(owners.tolist())):
+            return f"the model also returns it ({name})" if chain.consumers else f"{name} is no plain row of its parts"
+    return ""

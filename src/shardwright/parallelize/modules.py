@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, final
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from shardwright.comm import regions
 from shardwright.comm.group import Group
@@ -116,10 +118,11 @@ class ColumnGather(_Product):
 class VocabularySplit(nn.Module):
     """Ids `[...]` → `x [..., H]`: each rank looks up the rows it has and gives zeros for the others: one all-reduce."""
 
-    def __init__(self, old: nn.Module, weight: str, path: str, start: int, stop: int, group: Group) -> None:
+    def __init__(self, old: nn.Module, product: Product, start: int, stop: int, group: Group) -> None:
         super().__init__()
-        self.group, self.tag, self.weight_name, self.start, self.stop = group, path, weight, start, stop
-        self.register_parameter(weight, old.get_parameter(weight))
+        self.group, self.tag, self.weight_name = group, product.path, product.weight
+        self.start, self.stop, self.padding = start, stop, product.padding
+        self.register_parameter(product.weight, old.get_parameter(product.weight))
 
     def forward(self, ids: Tensor) -> Tensor:
         """`all_reduce(rows of w_r, or 0)`."""
@@ -129,6 +132,7 @@ class VocabularySplit(nn.Module):
             found = weight.new_zeros(*ids.shape, weight.shape[1]) + weight.sum()
         else:
             found = F.embedding((ids - self.start).masked_fill(outside, 0), weight)
+        found = torch.where((ids == self.padding)[..., None], found.detach(), found)
         return regions.reduce(found.masked_fill(outside[..., None], 0), self.group, self.tag)
 
 
@@ -146,6 +150,6 @@ class CopyHook:
         name = next(name for name, value in keywords.items() if isinstance(value, Tensor))
         return arguments, keywords | {name: regions.copy(keywords[name], self.group, self.tag)}
 
-    def after(self, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-        """On a module's output."""
-        return regions.copy(output, self.group, self.tag)
+    def after(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        """On a module's output, a tensor or a structure with one that is used."""
+        return tree_map(lambda x: regions.copy(x, self.group, self.tag) if isinstance(x, Tensor) else x, output)

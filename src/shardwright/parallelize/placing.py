@@ -102,7 +102,7 @@ def place_simply(part: nn.Module, simple: Simple, group: Group) -> nn.Module:
         old = part.get_submodule(product.path)
         if form == "vocabulary":
             start, stop = partition.range(group.rank)
-            new: nn.Module = VocabularySplit(old, product.weight, product.path, start, stop, group)
+            new: nn.Module = VocabularySplit(old, product, start, stop, group)
         elif form == "row":
             new = RowScatter(old, product, group, partition.widths)
         else:

@@ -20,27 +20,29 @@ from shardwright.parallelize.trace import Trace, owner
 
 @dataclass(frozen=True)
 class Product:
-    """A module that multiplies by one parameter. transposed: the weight is `[in, out]`; names are the module's own."""
+    """A module that multiplies by one parameter, under its own names. transposed: the weight is `[in, out]` · padding:
+    the id whose row an embedding does not train, or -1.
+    """
 
     path: str
     node: str
     weight: str
     bias: str | None
     transposed: bool
+    padding: int = -1
 
 
 @dataclass(frozen=True)
 class Sites:
     """rows: modules that end a chain · gathers: modules whose output is gathered · outputs: modules whose output enters
-    chains · inputs: modules whose input does · shared: parameters, whole on every rank, with partial gradients ·
-    together: node → the later node with which it is added at once, so that one all-reduce carries both.
+    chains · inputs: modules whose input does · together: node → the later node with which it is added at once, so that
+    one all-reduce carries both.
     """
 
     rows: tuple[Product, ...]
     gathers: tuple[Product, ...]
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
-    shared: tuple[str, ...]
     together: dict[str, str]
 
 
@@ -59,13 +61,9 @@ def sites(trace: Trace, decision: Decision) -> Sites:
         if node.op == "call_function" and leaving & set(_weights(trace, node)) and _is_product(node)
     ]
     entering: dict[Node, list[Node]] = {}
-    shared: dict[str, None] = {}
     for name, operand in decision.flow.findings.entries:
         outside = _outside(nodes[operand], nodes[name])
-        origin = parameter_of(trace, nodes[operand])
-        if origin is not None:
-            shared[origin] = None
-        elif differentiable(trace, outside):
+        if parameter_of(trace, nodes[operand]) is None and differentiable(trace, outside):
             entering.setdefault(outside, []).append(nodes[name])
     outputs: dict[str, None] = {}
     inputs: dict[str, None] = {}
@@ -76,9 +74,7 @@ def sites(trace: Trace, decision: Decision) -> Sites:
             outputs[owner(source)] = None
         else:
             inputs |= dict.fromkeys(product(trace, user).path for user in users)
-    return Sites(
-        _distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), tuple(shared), _together(nodes, decision)
-    )
+    return Sites(_distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), _together(nodes, decision))
 
 
 def product(trace: Trace, node: Node) -> Product:
@@ -103,7 +99,8 @@ def product(trace: Trace, node: Node) -> Product:
     if weight.op != "get_attr" or not plain or len(biases) > 1 or name not in held or not biases <= held.keys():
         raise UnsupportedError(f"{path or 'the model'} does more than this product ({node.name}) in its own code")
     bias = held[biases.pop()] if biases else None
-    return Product(path, node.name, held[name], bias, transposed)
+    padding = node.args[2] if _name(node) == "embedding" and len(node.args) > 2 else -1
+    return Product(path, node.name, held[name], bias, transposed, int(str(padding)))
 
 
 def _together(nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
