@@ -28,7 +28,7 @@ def split(name: str, ranks: int, body: Any, **options: Any) -> list[Any]:
     return on_threads(ranks, lambda group: body(parallelize_model(model, group, traced, **options), inputs))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 @pytest.mark.parametrize("options", [{"split_axis": 0}, {"split_axis": 1}, {"rules": "classical"}])
 def test_each_linear_by_itself(name: str, options: dict[str, Any]) -> None:
     """Output and state as the whole model's, calls as the plan says; float64, so 1e-12 is the order of sums."""

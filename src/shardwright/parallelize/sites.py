@@ -15,7 +15,7 @@ from torch.fx import Node
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.decide import Decision
 from shardwright.parallelize.rules import MOVING, SAME
-from shardwright.parallelize.trace import Trace, owner
+from shardwright.parallelize.trace import Like, Trace, owner
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,8 @@ def product(trace: Trace, node: Node) -> Product:
     name = parameter_of(trace, weight)
     mine = trace.nodes_of[path]
     biases = {found for one in mine for found in _weights(trace, one) if found != name}
-    quiet = (*SAME, *MOVING, "add", "_assert_tensor_metadata")
     again = {one for one in mine if one.target is node.target and _by(trace, one, weight_at) == name}
-    plain = all(_name(one) in quiet or one in again for one in mine)
+    plain = all(one in again or _quiet(trace, one, biases) for one in mine) and _takes_one(trace, path)
     prefix = inside(path)
     here = [(full.removeprefix(prefix), first) for full, first in trace.names.items() if full.startswith(prefix)]
     held = {first: local for local, first in here if "." not in local}
@@ -101,6 +100,31 @@ def product(trace: Trace, node: Node) -> Product:
     bias = held[biases.pop()] if biases else None
     padding = node.args[2] if _name(node) == "embedding" and len(node.args) > 2 else -1
     return Product(path, node.name, held[name], bias, transposed, int(str(padding)))
+
+
+def _quiet(trace: Trace, node: Node, biases: set[str]) -> bool:
+    """Whether a call beside the product changes no value: views of it, of the weight, and the addition of a bias."""
+    name, first = _name(node), node.args[0]
+    before, after = (one.meta.get("val") for one in (first, node)) if isinstance(first, Node) else (None, None)
+    if name in ("view", "reshape", "_unsafe_view"):
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape[-1:] == after.shape[-1:]
+    if name == "to":
+        return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+    if name in ("t", "numpy_T", "transpose", "mT"):
+        return parameter_of(trace, node) is not None
+    if name == "add":
+        return not node.kwargs and bool(biases & set(_weights(trace, node)))
+    return name in ("alias", "contiguous", "_assert_tensor_metadata")
+
+
+def _takes_one(trace: Trace, path: str) -> bool:
+    """Whether a module is always called with one tensor and nothing else, and gives one of the same leading dims."""
+    calls = [call for call in trace.modules if call.path == path]
+    alone = all(len(one.arguments) == 1 and isinstance(one.arguments[0], Like) and not one.keywords for one in calls)
+    given = {one.arguments[0].shape for one in calls} if alone else set()
+    made = [node for node in trace.nodes_of[path] if any(owner(user) != path for user in _uses(node))]
+    leading = {shape[:-1] for shape in given} | given  # of a product, and of ids
+    return alone and all(tuple(node.meta["val"].shape)[:-1] in leading for node in made)
 
 
 def _together(nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
