@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from shardwright.comm.group import Group
 from shardwright.kernels import chunked, fused_reference, gradients
 from shardwright.kernels.cpu import weight_quant
+from shardwright.kernels.cuda import symmetric
+from shardwright.kernels.npu import mm_all_reduce
 from shardwright.kernels.operands import Antiquant, Dequant, Given, Operands, check
 from shardwright.kernels.select import select_for
 
@@ -22,6 +24,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": fused_reference.matmul_all_reduce,
     "chunked": chunked.matmul_all_reduce,
     "strips": weight_quant.matmul_all_reduce,
+    "npu": mm_all_reduce.matmul_all_reduce,
+    "symmetric": symmetric.matmul_all_reduce,
 }
 
 

@@ -57,6 +57,11 @@ FUSED = (
 )
 UNCAPPED = "torch's fused attention caps no scores"
 FORCED = "the call says how often to cut"
+ASCEND = "the device's own fused operator, within its limits, else the reference; unproven: never run on such a device"
+SYMMETRIC = (
+    "rows are reduced as they come, where every rank reaches the others' memory, else the reference; unproven: never "
+    "run on such devices"
+)
 CUT = (
     "pieces of 4 MiB over gloo, two ranks on two Xeon cores, float32: 1.06 to 1.23 times as fast as the reference from "
     "1024 rows of 8192 columns on; with 512 rows 0.91 to 1.05, with fewer less (benchmarks/chunks.py)"
@@ -77,6 +82,15 @@ def _reference(kernel: Kernel, steps: str) -> tuple[Choice, Choice]:
 
 TABLE: tuple[Choice, ...] = (
     Choice(kernel="matmul_all_reduce", turns=1, implementation="chunked", reason=FORCED),
+    Choice(kernel="matmul_all_reduce", device="npu", group="TorchGroup", implementation="npu", reason=ASCEND),
+    Choice(
+        kernel="matmul_all_reduce",
+        device="cuda",
+        mode="plain",
+        group="TorchGroup",
+        implementation="symmetric",
+        reason=SYMMETRIC,
+    ),
     Choice(
         kernel="matmul_all_reduce",
         device="cpu",

@@ -17,6 +17,7 @@ from shardwright.comm.single import SingleGroup
 from shardwright.comm.torch_group import TorchGroup
 from shardwright.errors import UnsupportedError, UsageError
 from shardwright.kernels.cuda import symmetric
+from shardwright.kernels.operands import Antiquant, Dequant, Given, check
 from shardwright.testing.ranks import on_gloo
 
 M, K, N = 6, 5, 4
@@ -47,6 +48,8 @@ def check_values(group: Group, store: str) -> None:
         rows = symmetric.fused_matmul_reduce_scatter(x1[me], x2[me], world)
         close(rows, total.chunk(group.size)[me])
         close(symmetric.fused_matmul_all_reduce(x1[me], x2[me], world), total)
+        given = Given(x1[me].view(2, 3, K), x2[me], None, None, Antiquant(), Dequant(), "sum", 0, "x")
+        close(symmetric.matmul_all_reduce(check(given), world), total.view(2, 3, N))
         weight, bias = draw(20, K, N), draw(21, N)
         y, x = symmetric.fused_all_gather_matmul(x1[me], weight, world, bias=bias)
         close(x, torch.cat(x1))

@@ -6,6 +6,7 @@ does arrive.
 """
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,11 @@ from shardwright.comm.group import Group
 from shardwright.comm.single import SingleGroup
 from shardwright.comm.torch_group import TorchGroup
 from shardwright.errors import UnsupportedError
+from shardwright.kernels import fused_reference
 from shardwright.kernels.npu.mm_all_reduce import CARDS, MOST, npu_mm_all_reduce
+from shardwright.kernels.npu.mm_all_reduce import matmul_all_reduce as device_row
+from shardwright.kernels.operands import Antiquant, Dequant, Given, Operands, check
+from shardwright.kernels.select import select
 from shardwright.testing.ranks import on_gloo
 
 M, K, N, EXACT = 6, 64, 4, torch.float64
@@ -182,3 +187,48 @@ def test_what_breaks_the_contract_is_the_operators_to_refuse(
     installed(monkeypatch, SimpleNamespace(size=2))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=said):
         npu_mm_all_reduce(x1, x2, cards(2), **options)
+
+
+def check_row_of_the_table(group: Group) -> None:
+    """The operator's own operands arrive at the device by their published names, in every mode.
+
+    Reference: the table's own over the same call, whole numbers, so exact.
+    """
+    me, n = group.rank, (N,)
+    half, scale = torch.tensor([0.5, 1, 2, 0.25]), whole(0, N, seed=4).abs() + 1
+    x1, bias, x3 = whole(me, M, K), whole(me, N, seed=2), whole(me, M, N, seed=3)
+    small = whole(me, K, N, seed=1, dtype=torch.int8)
+    ints = {"bias": bias.int(), "dequant_scale": packed(half)}
+    calls: list[tuple[Tensor, Tensor, dict[str, Any]]] = [
+        (x1, small.half(), {"bias": bias, "x3": x3}),
+        (x1, small, {"antiquant_scale": scale, "antiquant_offset": scale, "bias": bias}),
+        (x1, small, {"antiquant_scale": scale.expand(2, *n).contiguous(), "antiquant_group_size": 32}),
+        (x1.to(torch.int8), small, ints),
+        (x1.to(torch.int8), small, {"dequant_scale": half, "pertoken_scale": torch.ones(M)}),
+    ]
+    for first, second, options in calls:
+        with pytest.MonkeyPatch.context() as patch:
+            fake = installed(patch, group)
+            operands = check_call(first, second, **options)
+            found = device_row(operands, group)
+            assert torch.equal(found, fused_reference.matmul_all_reduce(operands, group))
+            ((_, given),) = fake.calls
+            assert {name: value for name, value in given.items() if value is not None and name in options} == options
+
+
+def check_call(x1: Tensor, x2: Tensor, **options: Any) -> Operands:
+    antiquant = Antiquant(*(options.get(f"antiquant_{name}") for name in ("scale", "offset")))
+    antiquant = replace(antiquant, group_size=options.get("antiquant_group_size", 0))
+    dequant = Dequant(options.get("dequant_scale"), options.get("pertoken_scale"))
+    return check(Given(x1, x2, options.get("bias"), options.get("x3"), antiquant, dequant, "sum", 0, "x"))
+
+
+def test_the_tables_row_hands_everything_over() -> None:
+    on_gloo(2, check_row_of_the_table)
+
+
+def test_the_table_leads_to_the_device() -> None:
+    assert select("matmul_all_reduce", "npu", torch.float16, mode="plain", group="TorchGroup") == "npu"
+    assert select("matmul_all_reduce", "npu", torch.float16, mode="plain", group="ThreadGroup") == "reference"
+    assert select("matmul_all_reduce", "cuda", torch.float16, mode="plain", group="TorchGroup") == "symmetric"
+    assert select("matmul_all_reduce", "cuda", torch.int8, mode="full-quant", group="TorchGroup") == "reference"

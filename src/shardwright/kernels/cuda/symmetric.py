@@ -5,6 +5,7 @@ and resolve everywhere.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from shardwright.comm.group import Group
 from shardwright.comm.symmetric import why_not_symmetric
 from shardwright.comm.torch_group import TorchGroup
 from shardwright.errors import UsageError
+from shardwright.kernels import fused_reference
 from shardwright.kernels.fused import instead
+from shardwright.kernels.operands import Operands
 
 
 def fused_matmul_reduce_scatter(
@@ -99,6 +102,17 @@ def fused_matmul_all_reduce(
         return other(x1, x2, group, reduce_op=reduce_op, bias=bias, x3=x3, tag=tag)
     rows: Tensor = torch.ops.symm_mem.fused_matmul_reduce_scatter(x1, x2, reduce_op, 0, _name(group))
     return group.all_gather(rows, 0, [len(rows)] * group.size, tag=tag)
+
+
+def matmul_all_reduce(operands: Operands, group: Group) -> Tensor:
+    """A row of `select`'s table, for the plain mode: as the reference, which runs where the operator cannot."""
+
+    def unfused(*arguments: Any, **options: Any) -> Tensor:
+        return fused_reference.matmul_all_reduce(operands, group)
+
+    x1, x3 = operands.x1.flatten(0, -2), None if operands.x3 is None else operands.x3.flatten(0, -2)
+    y = fused_matmul_all_reduce(x1, operands.x2, group, bias=operands.bias, x3=x3, tag=operands.tag, unfused=unfused)
+    return y.view(operands.shape)
 
 
 def _check_sum(reduce_op: str) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from shardwright.comm.group import Group, name_of
 from shardwright.comm.torch_group import TorchGroup
+from shardwright.kernels import fused_reference
 from shardwright.kernels.fused import instead
+from shardwright.kernels.operands import Operands
+from shardwright.kernels.quant import FullQuant, WeightQuant
 
 CARDS = (1, 2, 4, 8)
 MOST = 65535
@@ -64,6 +67,29 @@ def npu_mm_all_reduce(
     torch_npu: Any = import_module("torch_npu")
     y: Tensor = torch_npu.npu_mm_all_reduce_base(x1, x2, group.hccl_name(), **options)
     return y
+
+
+def matmul_all_reduce(operands: Operands, group: Group) -> Tensor:
+    """A row of `select`'s table: as the reference, which runs outside the device's limits."""
+
+    def unfused(*arguments: Any, **options: Any) -> Tensor:
+        return fused_reference.matmul_all_reduce(operands, group)
+
+    said = _options(operands)
+    return npu_mm_all_reduce(operands.x1, operands.x2, group, tag=operands.tag, unfused=unfused, **said)
+
+
+def _options(operands: Operands) -> Options:
+    said = Options(bias=operands.bias, x3=operands.x3, comm_turn=operands.turns)
+    match operands.quant:
+        case WeightQuant() as weight:
+            said["antiquant_scale"], said["antiquant_offset"] = weight.scale, weight.offset
+            said["antiquant_group_size"] = weight.group_size
+        case FullQuant() as full:
+            said["dequant_scale"], said["pertoken_scale"] = full.scale, full.per_token
+            if full.wire is not None:
+                said["comm_quant_scale_1"], said["comm_quant_scale_2"] = full.wire
+    return said
 
 
 def why_not(x1: Tensor, x2: Tensor, group: Group, options: Options) -> str | None:
