@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from shardwright.engine.source import ModelSource
 from shardwright.models.embedded import embedded_model
+
+settings.register_profile("suite", deadline=None)  # a busy machine's milliseconds are no failure
+settings.load_profile("suite")
 
 PROMPTS = [
     "What is the capital of France?",
