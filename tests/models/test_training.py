@@ -31,6 +31,55 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
 
+BLOCKS: dict[str, dict[str, Any]] = {
+    "post": {"family": "olmo2", "block": "post", "wide_qk_norm": True},
+    "sandwich": {
+        "family": "gemma2",
+        "block": "sandwich",
+        "norm": "rms_plus_one",
+        "activation": "gelu_tanh",
+        "tied": True,
+        "embedding_scale": 4.5,
+        "windows": (3, 0),
+        "score_cap": 5.0,
+        "logit_cap": 3.0,
+    },
+    "parallel": {
+        "family": "gpt_neox",
+        "block": "parallel",
+        "kv_heads": 6,
+        "rotary_size": 2,
+        "activation": "gelu",
+        "gated": False,
+        "norm": "layer",
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    },
+    "shared norm": {
+        "family": "falcon",
+        "block": "parallel_shared",
+        "kv_heads": 1,
+        "activation": "gelu",
+        "gated": False,
+        "norm": "layer",
+        "tied": True,
+    },
+    "learned positions": {
+        "family": "gpt2",
+        "kv_heads": 6,
+        "learned_positions": 64,
+        "activation": "gelu_tanh",
+        "gated": False,
+        "norm": "layer",
+        "tied": True,
+        "qkv_bias": True,
+        "out_bias": True,
+        "mlp_bias": True,
+    },
+}
+"""One of each kind of layer, beside Llama's."""
+
 
 def model_of(group: Group, changes: dict[str, Any], sequence: bool) -> Decoder:
     config = tiny_config(**changes)
@@ -89,6 +138,13 @@ def test_gradients_equal_the_twin(tp: int, changes: dict[str, Any], sequence: bo
 def test_recomputation_has_the_same_gradients(keep: str, sequence: bool) -> None:
     for tp in (1, 3):
         on_threads(tp, check, VARIANTS["biases"] | VARIANTS["qwen3"], sequence, keep)
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole", "sequence"])
+@pytest.mark.parametrize("changes", BLOCKS.values(), ids=BLOCKS)
+def test_every_kind_of_layer_deals_out_rows_and_recomputes(changes: dict[str, Any], sequence: bool) -> None:
+    for keep in KEEPS:
+        on_threads(3, check, changes, sequence, keep)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
