@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from shardwright.kernels.cpu.vectors import AHEAD, LANES, LINE, across
+from shardwright.kernels.cpu.vectors import AHEAD, LANES, LINE, across, ask
 
 BYTES, NIBBLES, STACKED = range(3)
 """The formats."""
@@ -150,11 +150,7 @@ def fetch(typing: Any, address: Any) -> Any:
 
 
 def _ask(builder: Any, address: Any) -> None:
-    byte = _BYTE.as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, *[_INT] * 3])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    read, second_cache, data = (_INT(n) for n in (0, 2, 1))
-    builder.call(prefetch, [builder.inttoptr(address, byte), read, second_cache, data])
+    ask(builder, builder.inttoptr(address, _BYTE.as_pointer()))
 
 
 def _ask_ahead(builder: Any, form: int, w: Any, stride: Any, at: Any, first: Any) -> None:

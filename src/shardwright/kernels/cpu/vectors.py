@@ -139,13 +139,18 @@ def _loop(builder: Any, rows: list[Any], vectors: list[Any], chains: int, stop: 
 
 def _ask_for(builder: Any, data: Any, place: Any) -> None:
     """Have a step's memory, `AHEAD` of the place, fetched into the second cache; any address will do."""
-    size, byte = 2 if _is_half(data) else 4, ir.IntType(8).as_pointer()
+    size = 2 if _is_half(data) else 4
+    for line in range(0, STEP * size, LINE):
+        ask(builder, builder.gep(data, [builder.add(place, _INDEX((AHEAD + line) // size))]))
+
+
+def ask(builder: Any, pointer: Any) -> None:
+    """Have the line at a pointer, valid or not, fetched into the second cache; waits for nothing."""
+    byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
     read, second_cache, data_not_code = (ir.IntType(32)(n) for n in (0, 2, 1))
-    for line in range(0, STEP * size, LINE):
-        address = builder.gep(data, [builder.add(place, _INDEX((AHEAD + line) // size))])
-        builder.call(prefetch, [builder.bitcast(address, byte), read, second_cache, data_not_code])
+    builder.call(prefetch, [builder.bitcast(pointer, byte), read, second_cache, data_not_code])
 
 
 def _load(builder: Any, data: Any, place: Any) -> Any:
