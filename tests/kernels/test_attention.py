@@ -23,11 +23,13 @@ Shape = tuple[int, int, int, int, tuple[int, ...]]
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """S, L, K_r, D and for each query head its KV head, in any order."""
+    """S, L, K_r, D and for each query head its KV head, in any order or in groups of one size."""
     length = draw(st.integers(0, 7))
     held = length + draw(st.sampled_from((0, 0, 1, 5)))
     kv_heads = draw(st.integers(0, 3))
-    index = draw(st.lists(st.integers(0, kv_heads - 1), max_size=5)) if kv_heads else []
+    anyhow = st.lists(st.integers(0, kv_heads - 1), max_size=5) if kv_heads else st.just([])
+    grouped = st.integers(1, 3).map(lambda size: [kv for kv in range(kv_heads) for _ in range(size)])
+    index = draw(anyhow | grouped)
     return length, held, kv_heads, draw(st.sampled_from((2, 4, 6, 16, 64))), tuple(index)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding for training: the reference's bits forward, autograd's gradients backward."""
+"""RMSNorm, rotary embedding and SwiGLU for training: the reference's values forward, autograd's gradients backward."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 from shardwright.kernels import reference
 from shardwright.kernels.rms_norm import rms_norm
 from shardwright.kernels.rotary import rotary
+from shardwright.kernels.swiglu import swiglu
 
 
 def wave(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -24,14 +25,13 @@ def gradients(run: object, *inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("shape", [(5, 8), (3, 4, 6), (0, 8), (3, 0, 6)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Values bit for bit. Gradients to a few roundings: bfloat16 rounds once where autograd rounds at each step."""
+    """To a few roundings: a row's length is squared again, and bfloat16 rounds once where autograd does thrice."""
     x, weight = wave(*shape, dtype=dtype), 1 + wave(shape[-1], dtype=dtype)
     y, ours = gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
     expected, theirs = gradients(lambda x, w: reference.rms_norm(x, w, 1e-5), x, weight)
-    assert torch.equal(y, expected)
-    for mine, other in zip(ours, theirs, strict=True):
+    eps = torch.finfo(dtype).eps
+    for mine, other in zip((y, rms_norm(x, weight, 1e-5), *ours), (expected, expected, *theirs), strict=True):
         assert mine.dtype == dtype
-        eps = torch.finfo(dtype).eps
         torch.testing.assert_close(mine, other, rtol=8 * eps, atol=8 * eps)
 
 
@@ -43,3 +43,15 @@ def test_rotary(heads: int) -> None:
     expected, theirs = gradients(lambda x: reference.rotary(x, angles.cos(), angles.sin()), x)
     assert torch.equal(y, expected)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (0, 8), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Values bit for bit, with and without a graph; gradients too, being the same products in the same order."""
+    gate_up = wave(*shape, dtype=dtype) * 3
+    y, ours = gradients(swiglu, gate_up)
+    expected, theirs = gradients(reference.swiglu, gate_up)
+    assert torch.equal(y, expected)
+    assert torch.equal(swiglu(gate_up), expected)
+    assert torch.equal(ours[0], theirs[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardwright.comm.group import Group
 from shardwright.comm.recording import RecordingGroup
 from shardwright.kernels.reference import rms_norm, rotary
-from shardwright.layers.attention import Attention
+from shardwright.layers.attention import Attention, HeadNormAttention
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import FreshKV
 from shardwright.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -73,11 +73,10 @@ def check_attention(group: Group, heads: HeadPartition, normed: bool) -> None:
     recording = RecordingGroup(group)
     qkv = QKVParallelLinear(HIDDEN, heads, SIZE, recording)
     out = RowParallelLinear(heads.query.times(SIZE), HIDDEN, recording, bias=True)
-    norms: list[nn.Module] = [RMSNorm(SIZE, recording) if normed else nn.Identity() for _ in range(2)]
-    block = Attention(qkv, out, *norms).double()
+    norms = RMSNorm(SIZE, recording), RMSNorm(SIZE, recording)
+    block = (HeadNormAttention(qkv, out, *norms) if normed else Attention(qkv, out)).double()
     for norm in norms:
-        if isinstance(norm, RMSNorm):
-            norm.load("weight", norm_w)
+        norm.load("weight", norm_w)
     for part, weight in zip("qkv", (q_w, k_w, v_w), strict=True):
         qkv.load("weight", weight, part)
     out.load("weight", out_w)
@@ -130,8 +129,8 @@ def test_rotary_angles_are_float32_whatever_the_type(dtype: torch.dtype) -> None
 
 def test_a_norm_starts_at_one_and_is_alike_on_all_ranks() -> None:
     def norm(group: Group) -> list[float]:
-        layer = RMSNorm(3, group, eps=0.0)
-        y: list[float] = layer(torch.tensor([3.0, -3.0, 3.0])).tolist()
+        layer = RMSNorm(4, group, eps=0.0)
+        y: list[float] = layer(torch.tensor([3.0, -3.0, 3.0, -3.0])).tolist()
         return y
 
-    assert on_threads(3, norm) == [[1.0, -1.0, 1.0]] * 3
+    assert on_threads(3, norm) == [[1.0, -1.0, 1.0, -1.0]] * 3

@@ -29,14 +29,25 @@ def _fused(
 ) -> Tensor:
     if cap:
         raise AssertionError("the fused attention caps no scores")
-    index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
-    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k.index_select(1, index), v.index_select(1, index)))
+    grouped = _grouped(kv_index, k.shape[1])
+    if not grouped:
+        index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
+        k, v = k.index_select(1, index), v.index_select(1, index)
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
     length, held = q.shape[0], k.shape[0]
     windowed = 0 < window < held
     whole = length == held and not windowed
     mask = None if whole or (length <= 1 and not windowed) else reference.visible(length, held, window, q.device)
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale)
+    y = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped
+    )
     return y[0].transpose(0, 1)
+
+
+def _grouped(kv_index: Sequence[int], kv_heads: int) -> bool:
+    """Whether every KV head serves as many query heads, in order: then no copy of them is needed."""
+    size = len(kv_index) // max(1, kv_heads)
+    return size * kv_heads == len(kv_index) and all(kv == head // size for head, kv in enumerate(kv_index))
 
 
 IMPLEMENTATIONS = {"reference": reference.attention, "fused": _fused}

@@ -10,7 +10,6 @@ in rank order.
 """
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import replace
 from math import prod
 
 from torch import Tensor
@@ -133,7 +132,7 @@ def _flat(operands: Operands) -> Operands:
     """The same call with x1 `[m, k_r]`."""
     x3 = operands.x3 if operands.x3 is None else operands.x3.flatten(0, -2)
     shape = prod(operands.shape[:-1]), operands.shape[-1]
-    return replace(operands, x1=operands.x1.flatten(0, -2), x3=x3, shape=shape)
+    return operands._replace(x1=operands.x1.flatten(0, -2), x3=x3, shape=shape)
 
 
 def _by_columns(flat: Operands, count: int) -> Iterator[Piece]:
@@ -145,7 +144,7 @@ def _by_columns(flat: Operands, count: int) -> Iterator[Piece]:
         x2 = flat.x2[:, start // per_word : stop // per_word]
         columns = flat.quant and flat.quant.columns(start, stop)
         shape = len(x1), stop - start
-        yield replace(flat, x1=x1, x2=x2, bias=bias, x3=x3, quant=columns, shape=shape), (1, start, stop - start)
+        yield flat._replace(x1=x1, x2=x2, bias=bias, x3=x3, quant=columns, shape=shape), (1, start, stop - start)
 
 
 def _by_rows(flat: Operands, count: int) -> Iterator[Piece]:
@@ -159,7 +158,7 @@ def _by_rows(flat: Operands, count: int) -> Iterator[Piece]:
         x3 = None if flat.x3 is None else flat.x3[start:stop]
         rows = flat.quant.rows(start, stop) if isinstance(flat.quant, FullQuant) else None
         shape = stop - start, flat.shape[1]
-        yield replace(flat, x1=flat.x1[start:stop], x2=x2, x3=x3, quant=rows, shape=shape), (0, start, stop - start)
+        yield flat._replace(x1=flat.x1[start:stop], x2=x2, x3=x3, quant=rows, shape=shape), (0, start, stop - start)
 
 
 def _cuts(size: int, count: int, granule: int = 1) -> list[Range]:

@@ -8,9 +8,8 @@ checks). What only the device cannot do is not refused here: empty shares, float
 pertoken_scale, more ranks than 8.
 """
 
-from dataclasses import dataclass
 from math import ceil, prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ Named = dict[str, Tensor | int | None]
 """Arguments by their published names."""
 
 
-@dataclass(frozen=True)
-class Antiquant:
+class Antiquant(NamedTuple):
     """What was passed about the quantisation of the weight alone."""
 
     scale: Tensor | None = None
@@ -47,8 +45,7 @@ class Antiquant:
         }
 
 
-@dataclass(frozen=True)
-class Dequant:
+class Dequant(NamedTuple):
     """What was passed about the quantisation of both factors, and of what travels."""
 
     scale: Tensor | None = None
@@ -66,8 +63,7 @@ class Dequant:
         }
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """A call of the operator as it was made."""
 
     x1: Tensor
@@ -81,8 +77,7 @@ class Given:
     tag: str
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """A checked call: x1 `[m, k_r]` or `[b, s, k_r]`, x2 `[k_r, n]`, the output of `dtype` and `shape`.
 
     turns: into how many pieces to cut; 0 leaves it to the implementation.

@@ -14,7 +14,7 @@ from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
-from shardwright.layers.norm import WideQKNorm
+from shardwright.layers.norm import Norm, WideQKNorm
 from shardwright.layers.rotary import Rope
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +33,9 @@ class Scoring:
 class _Attention(nn.Module, ABC):
     """Shared: each rank computes its query heads over the KV heads they need, and `out` sums over the ranks."""
 
-    def __init__(self, qkv: QKVParallelLinear, out: RowParallelLinear, scoring: Scoring | None, turn: Turn) -> None:
+    def __init__(
+        self, qkv: QKVParallelLinear, out: RowParallelLinear, scoring: Scoring | None = None, turn: Turn = rotary
+    ) -> None:
         super().__init__()
         self.qkv, self.out, self.turn = qkv, out, turn
         rank = qkv.group.rank
@@ -68,17 +70,22 @@ class _Attention(nn.Module, ABC):
 
 @final
 class Attention(_Attention):
-    """`out(softmax(q k.T * scale) v)`, causal, cut by heads: one all-reduce of T x H forward, one backward.
+    """`out(softmax(q k.T * scale) v)`, causal, cut by heads: one all-reduce of T x H forward, one backward."""
 
-    `q_norm` and `k_norm` act on each head before rotation (Qwen3, Gemma 3), or are identities.
-    """
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q, k
+
+
+@final
+class HeadNormAttention(_Attention):
+    """The same where `q_norm` and `k_norm` act on each head before rotation (Qwen3, Gemma 3)."""
 
     def __init__(
         self,
         qkv: QKVParallelLinear,
         out: RowParallelLinear,
-        q_norm: nn.Module,
-        k_norm: nn.Module,
+        q_norm: Norm,
+        k_norm: Norm,
         scoring: Scoring | None = None,
         turn: Turn = rotary,
     ) -> None:

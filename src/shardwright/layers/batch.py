@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -33,7 +34,7 @@ class Batch:
         positions = torch.cat([torch.arange(length, device=device) for length in (0, *lengths)])
         return cls(tokens, positions, lengths, held=lengths)
 
-    @property
+    @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         """Start (included) and stop (excluded) of each sequence's rows."""
         stops = list(accumulate(self.lengths))

@@ -7,7 +7,7 @@ from typing import final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shardwright.kernels.reference import swiglu
+from shardwright.kernels.swiglu import swiglu
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardwright.comm.group import Group
 from shardwright.kernels.reference import partial_rotary, rotary, unturned
-from shardwright.layers.attention import Attention, Scoring, Turn, WideNormAttention
+from shardwright.layers.attention import Attention, HeadNormAttention, Scoring, Turn, WideNormAttention
 from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
@@ -179,12 +179,13 @@ def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> nn.
         norm = WideQKNorm(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
         return WideNormAttention(qkv, out, norm, scoring, _turn(config))
 
-    def head_norm(part: str) -> nn.Module:
-        if not config.qk_norm:
-            return nn.Identity()
+    if not config.qk_norm:
+        return Attention(qkv, out, scoring, _turn(config))
+
+    def head_norm(part: str) -> Norm:
         return NORMS[config.norm](size, group, eps=eps, gradient="partial", name=f"{name}.{part}")
 
-    return Attention(qkv, out, head_norm("q_norm"), head_norm("k_norm"), scoring, _turn(config))
+    return HeadNormAttention(qkv, out, head_norm("q_norm"), head_norm("k_norm"), scoring, _turn(config))
 
 
 def _turn(config: ModelConfig) -> Turn:

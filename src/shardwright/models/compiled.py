@@ -16,11 +16,10 @@ from shardwright.comm.rounds import DONE, WAITED
 from shardwright.comm.segment import SLOT
 from shardwright.comm.shared_memory import SharedMemoryGroup, alone, tag_fingerprint
 from shardwright.kernels.cpu import decode
-from shardwright.layers.attention import Attention
+from shardwright.layers.attention import Attention, HeadNormAttention
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
 from shardwright.layers.mlp import SwiGLU
-from shardwright.layers.norm import RMSNorm
 from shardwright.layers.rotary import Rotary
 from shardwright.models.blocks import DecoderLayer
 from shardwright.models.decoder import Decoder
@@ -127,7 +126,7 @@ class CompiledStep:
     def _describe(self, row: NDArray[np.int64], layer: nn.Module) -> None:
         assert isinstance(layer, DecoderLayer)
         attention, mlp = layer.attention, layer.mlp
-        assert isinstance(attention, Attention)
+        assert isinstance(attention, Attention | HeadNormAttention)
         assert isinstance(mlp, SwiGLU)
         row[decode.NORM] = self._float32(layer.attention_norm.weight)
         row[decode.MLP_NORM] = self._float32(layer.mlp_norm.weight)
@@ -139,8 +138,9 @@ class CompiledStep:
         ):
             row[weight] = linear.weight.data_ptr()
             row[bias] = 0 if linear.bias is None else self._float32(linear.bias)
-        for norm, column in ((attention.q_norm, decode.Q_NORM), (attention.k_norm, decode.K_NORM)):
-            row[column] = self._float32(norm.weight) if isinstance(norm, RMSNorm) else 0
+        if isinstance(attention, HeadNormAttention):
+            row[decode.Q_NORM] = self._float32(attention.q_norm.weight)
+            row[decode.K_NORM] = self._float32(attention.k_norm.weight)
         row[decode.ATTENTION_CALL] = tag_fingerprint(attention.out.name)
         row[decode.MLP_CALL] = tag_fingerprint(mlp.down.name)
 

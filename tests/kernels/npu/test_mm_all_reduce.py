@@ -6,7 +6,6 @@ does arrive.
 """
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,7 +217,7 @@ def check_row_of_the_table(group: Group) -> None:
 
 def check_call(x1: Tensor, x2: Tensor, **options: Any) -> Operands:
     antiquant = Antiquant(*(options.get(f"antiquant_{name}") for name in ("scale", "offset")))
-    antiquant = replace(antiquant, group_size=options.get("antiquant_group_size", 0))
+    antiquant = antiquant._replace(group_size=options.get("antiquant_group_size", 0))
     dequant = Dequant(options.get("dequant_scale"), options.get("pertoken_scale"))
     return check(Given(x1, x2, options.get("bias"), options.get("x3"), antiquant, dequant, "sum", 0, "x"))
 
