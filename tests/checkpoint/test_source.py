@@ -36,7 +36,7 @@ from shardwright.layout.partition import Partition, Range
 from shardwright.layout.sharding import merged_column_linear
 from shardwright.layout.spec import Piece, Transform, boxes
 
-TRANSFORMS: tuple[Transform, ...] = ("none", "transpose", "rope_unpermute")
+TRANSFORMS: tuple[Transform, ...] = ("none", "transpose", "rope_unpermute", "less_one")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -140,6 +140,8 @@ def test_any_piece_of_any_tensor(models: list[Model], data: st.DataObject) -> No
         expected = expected.permute(tuple(reversed(range(expected.dim()))))
     if transform == "rope_unpermute":
         expected = unpermuted(expected)
+    if transform == "less_one":
+        expected = expected.float() - 1
     dtype = data.draw(st.sampled_from(FLOATS))
     # A view inside a larger parameter, as a fused projection has it.
     out = torch.full([size + 2 for size in expected.shape], 7.0, dtype=dtype)

@@ -3,7 +3,6 @@
 float32 logits within 1e-4 of the largest, for the reason given in `test_transformers`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from tests.models.converter import Extra, write
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from shardwright.comm import regions
 from shardwright.comm.group import Group
@@ -36,65 +35,6 @@ SIZES: dict[str, Any] = {
 }
 """Rows are whole blocks of 32 values, so that every matrix may be quantised; 3 ranks cut them inside a block."""
 TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 36], [22], [0, 7]]
-PARTS = {
-    "embed_tokens": "token_embd",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "norm": "output_norm",
-    "lm_head": "output",
-}
-Extra = Callable[[gguf.GGUFWriter], object]
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k rows: the two halves of a head interleaved."""
-    return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write(
-    path: Path, architecture: str, model: PreTrainedModel, kind: Type, extra: Extra = lambda writer: None
-) -> None:
-    """A GGUF file of the model, whose own matrices become what `kind` makes of them, so that both hold the same."""
-    writer = gguf.GGUFWriter(path, architecture)
-    describe(writer, model.config)
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    for name, parameter in model.named_parameters():
-        stem, _, kind_of_parameter = name.rpartition(".")
-        words = stem.removeprefix("model.").split(".")
-        layer, part = (f"blk.{words[1]}.", words[2:]) if words[0] == "layers" else ("", words)
-        stored_as = kind if parameter.dim() == 2 else Type.F32
-        rows = gguf.quants.quantize(parameter.detach().numpy(), stored_as)
-        parameter.data = torch.tensor(gguf.quants.dequantize(rows, stored_as))
-        if architecture == "llama" and part[-1] in heads:
-            rows = permuted(rows, heads[part[-1]])
-        writer.add_tensor(f"{layer}{PARTS['.'.join(part)]}.{kind_of_parameter}", rows, raw_dtype=stored_as)
-    extra(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def describe(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
 
 
 def logits_of(group: Group, path: Path) -> tuple[Tensor, int, int]:
@@ -146,12 +86,8 @@ def test_a_cut_inside_a_quantised_block_reads_only_the_blocks_it_needs(saved: An
 
 
 @pytest.mark.parametrize(("extra", "said"), [
-    (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rotary scaling"),
-    (lambda w: w.add_rope_scaling_factor(4.0), "rotary scaling"),
-    (lambda w: w.add_float32("llama.rope.scale_linear", 2.0), "rotary scaling"),
     (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 3, dtype=np.float32)), "is not how Llama 3 stretches"),
     (lambda w: w.add_tensor("rope_freqs.weight", np.full(7, 8, dtype=np.float32)), "is not how Llama 3 stretches"),
-    (lambda w: w.add_rope_dimension_count(8), "only 8 of 16 dims of a head are rotated"),
 ])  # fmt: skip
 def test_another_rotation_is_refused(saved: Any, tmp_path: Path, extra: Extra, said: str) -> None:
     twin, _ = saved("llama", **SIZES)
@@ -202,10 +138,13 @@ def test_the_vocabulary_may_be_told_by_the_tokens_alone(saved: Any, tmp_path: Pa
     assert load(tmp_path / "model.gguf", SingleGroup()).model.config.vocabulary == len(tokens)
 
 
-def test_an_unknown_architecture_names_the_known(saved: Any, tmp_path: Path) -> None:
-    twin, _ = saved("llama", **SIZES)
-    write(tmp_path / "model.gguf", "mamba", twin, Type.F32)
-    with pytest.raises(UnsupportedError, match=r"'mamba' is not supported; supported are llama, qwen2, qwen3$"):
+def test_an_unknown_architecture_names_the_known(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    known = "falcon, gemma, gemma2, gemma3, gpt2, gptneox, llama, olmo2, phi3, qwen2, qwen3, stablelm"
+    with pytest.raises(UnsupportedError, match=f"'mamba' is not supported; supported are {known}$"):
         load(tmp_path / "model.gguf", SingleGroup())
 
 

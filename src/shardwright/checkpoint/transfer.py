@@ -41,7 +41,7 @@ def _place(values: Tensor, target: Tensor, place: list[Range], transform: Transf
         if dim or not rotary:
             target = target.narrow(dim, start, stop - start)
     if not rotary:
-        target.copy_(values)
+        target.copy_(values.float() - 1 if transform == "less_one" else values)
         return
     half, start = len(target) // 2, place[0][0]
     for parity in (0, 1):

@@ -12,11 +12,12 @@ from typing import Literal
 
 from shardwright.layout.partition import Range
 
-Transform = Literal["none", "transpose", "rope_unpermute"]
+Transform = Literal["none", "transpose", "rope_unpermute", "less_one"]
 """What turns a source box into the local box.
 
 `transpose`: the source has its two dims swapped (GPT-2's Conv1D). `rope_unpermute`: the rows are one head whose rotary
-pairs lie side by side (GGUF's Llama: 0, D/2, 1, D/2 + 1, …) and are put back into halves.
+pairs lie side by side (GGUF's Llama: 0, D/2, 1, D/2 + 1, …) and are put back into halves. `less_one`: the source has
+one more (GGUF's Gemma, whose norms multiply by 1 + weight).
 """
 
 Gradient = Literal["whole", "partial"]

@@ -1,14 +1,17 @@
 """The supported model families, by name. A family is a row of data beside others like it; `docs/add_a_family.md`."""
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from shardwright.errors import UnsupportedError
-from shardwright.models.family import Family, Naming
+from shardwright.models.family import GGUF, Family, Naming
 from shardwright.models.gemma import GEMMA, GEMMA2, GEMMA3
 from shardwright.models.gpt import FALCON, GPT2, GPT_NEOX, OPT, STABLELM
 from shardwright.models.llama_like import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
 
-__all__ = ["FAMILIES", "Family", "Naming", "by_architecture", "by_gguf_architecture", "by_name"]
+__all__ = ["FAMILIES", "GGUF", "Family", "Naming", "by_architecture", "by_gguf_architecture", "by_name"]
+
+Found = TypeVar("Found")
 
 FAMILIES: tuple[Family, ...] = (
     *(LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, OLMO2),
@@ -22,9 +25,11 @@ def by_architecture(architecture: object) -> Family:
     return _find(architecture, ((family.architecture, family) for family in FAMILIES))
 
 
-def by_gguf_architecture(architecture: object) -> Family:
+def by_gguf_architecture(architecture: object) -> tuple[Family, GGUF]:
     """The family of a GGUF's `general.architecture`, or `UnsupportedError` listing those there are."""
-    return _find(architecture, ((family.gguf_architecture, family) for family in FAMILIES))
+    return _find(
+        architecture, ((family.gguf.architecture, (family, family.gguf)) for family in FAMILIES if family.gguf)
+    )
 
 
 def by_name(name: str) -> Family:
@@ -32,8 +37,8 @@ def by_name(name: str) -> Family:
     return _find(name, ((family.name, family) for family in FAMILIES))
 
 
-def _find(name: object, rows: Iterable[tuple[str | None, Family]]) -> Family:
-    known = {key: family for key, family in rows if key}
+def _find(name: object, rows: Iterable[tuple[str, Found]]) -> Found:
+    known = dict(rows)
     if not isinstance(name, str) or name not in known:
         raise UnsupportedError(f"architecture {name!r:.80} is not supported; supported are {', '.join(sorted(known))}")
     return known[name]

@@ -1,12 +1,12 @@
 """Gemma: norms by 1 + weight, GeGLU, scaled embeddings; since Gemma 2 also norms behind, windows and soft limits."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from shardwright.models.family import Family, Naming
-from shardwright.models.llama_like import HUGGINGFACE, STANDARD
+from shardwright.models.family import GGUF, Family, Naming
+from shardwright.models.llama_like import HUGGINGFACE, LLAMACPP, STANDARD
 from shardwright.models.schema import Positive, Schema, Traits, Window, WindowedSchema
 
 NAMING = Naming(
@@ -17,6 +17,11 @@ NAMING = Naming(
         "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
     },
     ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+)
+
+NORMS = ("attention_norm", "attention.q_norm", "attention.k_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+GGUF_NAMING = Naming(
+    names=LLAMACPP, transforms=dict.fromkeys(("norm", *(f"layers.{{i}}.{name}" for name in NORMS)), "less_one")
 )
 
 
@@ -39,17 +44,25 @@ class Gemma(Schema):
         return super().traits() | {"mlp_bias": False, "norm": "rms_plus_one", "embedding_scale": scale}
 
 
-GEMMA = Family(name="gemma", architecture="GemmaForCausalLM", schema=Gemma, huggingface=STANDARD)
+GEMMA = Family(
+    name="gemma",
+    architecture="GemmaForCausalLM",
+    schema=Gemma,
+    huggingface=STANDARD,
+    gguf=GGUF(architecture="gemma", naming=GGUF_NAMING),
+)
 
 
 class Gemma2(WindowedSchema):
     """Every other layer has the window, from the first on."""
 
+    layers_of_27b: ClassVar[int] = 46
+
     head_dim: int | None = Field(default=256, ge=2, le=1 << 16)
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
     sliding_window: Window | None = 4096
-    query_pre_attn_scalar: Positive = 256
+    query_pre_attn_scalar: Positive | None = 256
     attn_logit_softcapping: Positive | None = 50.0
     final_logit_softcapping: Positive | None = 30.0
 
@@ -57,13 +70,20 @@ class Gemma2(WindowedSchema):
         """In turn."""
         return ["full_attention" if i % 2 else "sliding_attention" for i in range(self.num_hidden_layers)]
 
+    @property
+    def score_scale(self) -> float:
+        """GGUF files do not say: the models of 27B score by hidden size and heads, all others by head size."""
+        largest = self.num_hidden_layers == self.layers_of_27b
+        by_size = self.hidden_size // self.num_attention_heads if largest else self.head_size
+        return float((self.query_pre_attn_scalar or by_size) ** -0.5)
+
     def traits(self) -> Traits:
         """What both versions share."""
         return super().traits() | {
             "mlp_bias": False,
             "norm": "rms_plus_one",
             "block": "sandwich",
-            "score_scale": self.query_pre_attn_scalar**-0.5,
+            "score_scale": self.score_scale,
             "score_cap": self.attn_logit_softcapping or 0.0,
             "logit_cap": self.final_logit_softcapping or 0.0,
             "embedding_scale": self.hidden_size**0.5,
@@ -76,6 +96,16 @@ GEMMA2 = Family(
     schema=Gemma2,
     keys={"hidden_act": "hidden_activation"},
     huggingface=NAMING,
+    gguf=GGUF(
+        architecture="gemma2",
+        naming=GGUF_NAMING,
+        keys={
+            "sliding_window": "attention.sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        implied=lambda tensors: {"query_pre_attn_scalar": None},
+    ),
 )
 
 
@@ -83,6 +113,7 @@ class Gemma3(Gemma2):
     """All but every sixth layer have the window, and another rotary base; each head is normed."""
 
     theta_by_default = 1_000_000.0
+    layers_of_27b = 62
 
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
@@ -112,4 +143,15 @@ GEMMA3 = Family(
     schema=Gemma3,
     keys={"hidden_act": "hidden_activation"},
     huggingface=NAMING,
+    gguf=GGUF(
+        architecture="gemma3",
+        naming=GGUF_NAMING,
+        keys={
+            "sliding_window": "attention.sliding_window",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
+            "rope_local_base_freq": "rope.freq_base_swa",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        implied=lambda tensors: {"query_pre_attn_scalar": None, "sliding_window": None},
+    ),
 )

@@ -1,12 +1,18 @@
 """Families with LayerNorm: StableLM, GPT-NeoX, Falcon, and GPT-2 and OPT, whose positions are learned."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
 
-from shardwright.models.family import Family, Naming
-from shardwright.models.llama_like import HUGGINGFACE, STANDARD
+from shardwright.models.family import GGUF, Family, Fused, Naming
+from shardwright.models.llama_like import FUSED_LLAMACPP, HUGGINGFACE, LLAMACPP, STANDARD
 from shardwright.models.schema import Positive, Schema, Size, Traits
+
+LAYER_NORM_EPS = {"rms_norm_eps": "attention.layer_norm_epsilon"}
+"""Where GGUF files keep what config.json calls otherwise."""
+
+IN_ORDER: Mapping[str, Fused] = {"layers.{i}.attention.qkv": "in order"}
 
 
 class _Divided(Schema):
@@ -53,6 +59,16 @@ STABLELM = Family(
     schema=StableLm,
     keys={"rms_norm_eps": "layer_norm_eps"},
     huggingface=STANDARD,
+    gguf=GGUF(
+        architecture="stablelm",
+        naming=Naming(names=LLAMACPP),
+        keys=LAYER_NORM_EPS,
+        implied=lambda tensors: {
+            "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,
+            "use_qkv_bias": "blk.0.attn_q.bias" in tensors,
+            "qk_layernorm": "blk.0.attn_q_norm.weight" in tensors,
+        },
+    ),
 )
 
 
@@ -101,6 +117,12 @@ GPT_NEOX = Family(
         ignored=tuple(
             f"gpt_neox.layers.{{i}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
         ),
+    ),
+    gguf=GGUF(
+        architecture="gptneox",
+        naming=Naming(names=FUSED_LLAMACPP, fused=IN_ORDER),
+        keys=LAYER_NORM_EPS | {"use_parallel_residual": "use_parallel_residual"},
+        implied=lambda tensors: {"attention_bias": "blk.0.attn_qkv.bias" in tensors},
     ),
 )
 
@@ -173,13 +195,32 @@ FALCON = Family(
             "head": "lm_head",
         },
         fused={"layers.{i}.attention.qkv": "by KV head"},
+        by_block={
+            "parallel": {
+                "layers.{i}.attention_norm": "transformer.h.{i}.ln_attn",
+                "layers.{i}.mlp_norm": "transformer.h.{i}.ln_mlp",
+            }
+        },
     ),
-    by_block={
-        "parallel": {
-            "layers.{i}.attention_norm": "transformer.h.{i}.ln_attn",
-            "layers.{i}.mlp_norm": "transformer.h.{i}.ln_mlp",
-        }
-    },
+    gguf=GGUF(
+        architecture="falcon",
+        naming=Naming(
+            names=FUSED_LLAMACPP,
+            fused=IN_ORDER,
+            by_block={
+                "parallel": {
+                    "layers.{i}.attention_norm": "blk.{i}.attn_norm_2",
+                    "layers.{i}.mlp_norm": "blk.{i}.attn_norm",
+                }
+            },
+        ),
+        keys=LAYER_NORM_EPS,
+        implied=lambda tensors: {
+            "new_decoder_architecture": True,  # as the file lays out q, k and v, there is no other
+            "num_ln_in_parallel_attn": 2 if "blk.0.attn_norm_2.weight" in tensors else 1,
+            "bias": "blk.0.attn_qkv.bias" in tensors,
+        },
+    ),
 )
 
 
@@ -239,10 +280,11 @@ GPT2 = Family(
             "head": "lm_head",
         },
         transforms={f"layers.{{i}}.{name}": "transpose" for name in _CONV1D},
-        fused={"layers.{i}.attention.qkv": "in order"},
+        fused=IN_ORDER,
         ignored=("transformer.h.{i}.attn.bias", "transformer.h.{i}.attn.masked_bias"),
         prefix="transformer.",
     ),
+    gguf=GGUF(architecture="gpt2", naming=Naming(names=FUSED_LLAMACPP, fused=IN_ORDER), keys=LAYER_NORM_EPS),
 )
 
 

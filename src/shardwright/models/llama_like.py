@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from shardwright.models.family import Family, Naming
+from shardwright.models.family import GGUF, Family, Naming
 from shardwright.models.schema import Positive, Schema, Traits, Window, WindowedSchema
 
 HUGGINGFACE = {
@@ -22,22 +22,32 @@ HUGGINGFACE = {
     "head": "lm_head",
 }
 
-GGUF = {
+LLAMACPP = {
     "embedding": "token_embd",
+    "positions": "position_embd",
     "layers.{i}.attention_norm": "blk.{i}.attn_norm",
     "layers.{i}.attention.qkv.q": "blk.{i}.attn_q",
     "layers.{i}.attention.qkv.k": "blk.{i}.attn_k",
     "layers.{i}.attention.qkv.v": "blk.{i}.attn_v",
     "layers.{i}.attention.q_norm": "blk.{i}.attn_q_norm",
     "layers.{i}.attention.k_norm": "blk.{i}.attn_k_norm",
+    "layers.{i}.attention.qk_norm.q": "blk.{i}.attn_q_norm",
+    "layers.{i}.attention.qk_norm.k": "blk.{i}.attn_k_norm",
     "layers.{i}.attention.out": "blk.{i}.attn_output",
+    "layers.{i}.attention_post_norm": "blk.{i}.post_attention_norm",
     "layers.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.mlp.up": "blk.{i}.ffn_up",
     "layers.{i}.mlp.gate_up.0": "blk.{i}.ffn_gate",
     "layers.{i}.mlp.gate_up.1": "blk.{i}.ffn_up",
     "layers.{i}.mlp.down": "blk.{i}.ffn_down",
+    "layers.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm",
     "norm": "output_norm",
     "head": "output",
 }
+"""As GGUF files have them, whatever the family."""
+
+FUSED_LLAMACPP = LLAMACPP | {f"layers.{{i}}.attention.qkv.{part}": "blk.{i}.attn_qkv" for part in "qkv"}
+"""The same where q, k and v are one tensor."""
 
 STANDARD = Naming(names=HUGGINGFACE, ignored=("model.layers.{i}.self_attn.rotary_emb.inv_freq",))
 
@@ -45,11 +55,13 @@ LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     huggingface=STANDARD,
-    gguf_architecture="llama",
-    gguf=Naming(
-        names=GGUF,
-        transforms={"layers.{i}.attention.qkv.q": "rope_unpermute", "layers.{i}.attention.qkv.k": "rope_unpermute"},
-        ignored=("rope_freqs.weight",),  # read with the config
+    gguf=GGUF(
+        architecture="llama",
+        naming=Naming(
+            names=LLAMACPP,
+            transforms={"layers.{i}.attention.qkv.q": "rope_unpermute", "layers.{i}.attention.qkv.k": "rope_unpermute"},
+            ignored=("rope_freqs.weight",),  # read with the config
+        ),
     ),
 )
 
@@ -79,6 +91,7 @@ class Mistral(_AllWindowed):
 
 
 MISTRAL = Family(name="mistral", architecture="MistralForCausalLM", schema=Mistral, huggingface=STANDARD)
+"""GGUF files call it llama, and say of no window."""
 
 
 class Qwen2(WindowedSchema):
@@ -106,8 +119,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     schema=Qwen2,
     huggingface=STANDARD,
-    gguf_architecture="qwen2",
-    gguf=Naming(names=GGUF),
+    gguf=GGUF(architecture="qwen2", naming=Naming(names=LLAMACPP)),
 )
 """Qwen1.5, Qwen2 and Qwen2.5 call themselves so."""
 
@@ -128,8 +140,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     schema=Qwen3,
     huggingface=STANDARD,
-    gguf_architecture="qwen3",
-    gguf=Naming(names=GGUF),
+    gguf=GGUF(architecture="qwen3", naming=Naming(names=LLAMACPP)),
 )
 
 
@@ -154,6 +165,15 @@ PHI3 = Family(
         | {f"layers.{{i}}.attention.qkv.{part}": "model.layers.{i}.self_attn.qkv_proj" for part in "qkv"}
         | {f"layers.{{i}}.mlp.gate_up.{part}": "model.layers.{i}.mlp.gate_up_proj" for part in "01"},
         fused={"layers.{i}.attention.qkv": "in order", "layers.{i}.mlp.gate_up": "in order"},
+    ),
+    gguf=GGUF(
+        architecture="phi3",
+        naming=Naming(
+            names=FUSED_LLAMACPP | {f"layers.{{i}}.mlp.gate_up.{part}": "blk.{i}.ffn_up" for part in "01"},
+            fused={"layers.{i}.attention.qkv": "in order", "layers.{i}.mlp.gate_up": "in order"},
+            ignored=("rope_factors_long.weight", "rope_factors_short.weight"),  # read with the config
+        ),
+        keys={"sliding_window": "attention.sliding_window"},
     ),
 )
 
@@ -181,4 +201,5 @@ OLMO2 = Family(
             "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm",
         }
     ),
+    gguf=GGUF(architecture="olmo2", naming=Naming(names=LLAMACPP)),
 )

@@ -1,13 +1,11 @@
 """From what a checkpoint says of its model to a `ModelConfig`: Hugging Face's config.json and GGUF's metadata.
 
 Decides what is believed, what is a default, and what is refused because the decoder would compute something else. Both
-forms are brought to Hugging Face's names and checked by the family's schema. Knows no weights.
+forms are brought to Hugging Face's names (GGUF's by `read_gguf`) and checked by the family's schema. Knows no weights.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from math import isclose
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,30 +13,11 @@ from pydantic import ValidationError
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.errors import FileError, UnsupportedError
 from shardwright.models.config import ModelConfig
-from shardwright.models.families import by_architecture, by_gguf_architecture
+from shardwright.models.families import by_architecture
 from shardwright.models.family import Family, Naming
+from shardwright.models.read_gguf import check_rotation, said_by_gguf
 from shardwright.models.rope import LongRopeScaling, RopeScaling
 from shardwright.models.schema import ACTIVATIONS, ROPES, AnyChecked, Rope, Schema
-
-RENAMED = {
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
-}
-"""Hugging Face's key → GGUF's, behind the architecture's name and a dot."""
-
-FACTORS = "rope_freqs.weight"
-"""Where a GGUF Llama keeps what each rotary frequency is divided by."""
-
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What all of Llama 3.1 to 3.3 have in common; the factor is 8 or 32."""
 
 MAX_HEADS = 100_000
 """Heads of all layers: the table of who holds what has a row for each. MT-NLG, with the most, has 40,000."""
@@ -75,41 +54,13 @@ def _config_path(checkpoint: Checkpoint) -> str:
 
 
 def _from_gguf(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
-    said = checkpoint.config
-    architecture = said["general.architecture"]
-    family = by_gguf_architecture(architecture)
-    assert family.gguf is not None
-    keys = {ours: f"{architecture}.{theirs}" for ours, theirs in RENAMED.items()}
-    values = {ours: said[theirs] for ours, theirs in keys.items() if theirs in said}
-    tokens = said.get("tokenizer.ggml.tokens")
-    if "vocab_size" not in values and isinstance(tokens, tuple):
-        values["vocab_size"] = len(tokens)
-    stretch = checkpoint.floats(FACTORS) if FACTORS in checkpoint.entries else ()
-    if stretch:
-        values["rope_scaling"] = {"rope_type": "llama3", "factor": max(stretch), **LLAMA3}
-    schema = _validated(family.schema, values, checkpoint.path, keys)
-    plain = {"rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1)}
-    scaled = [key for key, values in plain.items() if said.get(f"{architecture}.{key}", values[0]) not in values]
-    if scaled:
-        raise UnsupportedError(
-            f"{checkpoint.path}: rotary scaling in a GGUF file is not supported; use its safetensors"
-        )
-    turned = said.get(f"{architecture}.rope.dimension_count", schema.head_size)
-    if turned != schema.head_size:
-        raise UnsupportedError(f"{checkpoint.path}: only {turned} of {schema.head_size} dims of a head are rotated")
-    tied = family.gguf.names["head"] + ".weight" not in checkpoint.entries
-    config = _config(family, schema, checkpoint.path, tied)
-    if stretch:
-        _check_stretch(config, stretch, checkpoint.path)
-    return _with_dtype(config, checkpoint, family.gguf), family.gguf
-
-
-def _check_stretch(config: ModelConfig, stretch: tuple[float, ...], path: str) -> None:
-    """Only Llama 3's stretch is known by its factors; 1e-5, since the file has them in float32."""
-    plain = replace(config, rope_scaling=None).rope_frequencies()
-    expected = [base / ours for base, ours in zip(plain, config.rope_frequencies(), strict=True)]
-    if len(expected) != len(stretch) or not all(map(partial(isclose, rel_tol=1e-5), expected, stretch)):
-        raise UnsupportedError(f"{path}: {FACTORS} is not how Llama 3 stretches its rotation; use its safetensors")
+    said = said_by_gguf(checkpoint)
+    schema = _validated(said.family.schema, said.values, checkpoint.path, said.shown)
+    tied = said.gguf.naming.names["head"] + ".weight" not in checkpoint.entries
+    config = _config(said.family, schema, checkpoint.path, tied)
+    check_rotation(config, said.gguf, checkpoint)
+    naming = said.gguf.naming.of(config.block)
+    return _with_dtype(config, checkpoint, naming), naming
 
 
 def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfig:
@@ -134,7 +85,7 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
         "activation": ACTIVATIONS[schema.hidden_act],
     } | schema.traits()
     turned = 0 if said.get("learned_positions") else said["rotary_size"]
-    if heads % schema.kv_heads or not size or turned % 2:
+    if heads % schema.kv_heads or not size or turned % 2 or turned > size:
         problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}"
         raise FileError(path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")
     if schema.num_hidden_layers * (heads + 2 * schema.kv_heads) > MAX_HEADS:
@@ -174,7 +125,9 @@ def _plain_theta(said: Mapping[str, Any], schema: Schema, path: str) -> float:
 
 
 def _rotary_size(rope: Rope, schema: Schema) -> int:
-    """How many dims of a head are turned."""
+    """How many dims of a head are turned: a number in GGUF, a share in config.json."""
+    if schema.rotary_dims is not None:
+        return schema.rotary_dims
     share = rope.partial_rotary_factor
     share = schema.partial_rotary_factor if share is None else share
     return int(schema.head_size * (schema.rotary_by_default if share is None else share))

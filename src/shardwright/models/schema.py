@@ -73,6 +73,7 @@ class Schema(Checked):
     use_sliding_window: bool = False
     layer_types: list[str] | None = None
     partial_rotary_factor: float | None = Field(default=None, ge=0, le=1)
+    rotary_dims: int | None = Field(default=None, ge=0, le=1 << 16)
     use_bidirectional_attention: bool | None = None
     add_cross_attention: bool = False
 

@@ -136,10 +136,10 @@ def _translated(piece: Piece, naming: Naming, config: ModelConfig) -> tuple[Piec
         parts, groups = _parts(naming, parent, config)
         piece = sharding.within_fused(piece, list(parts).index(part), list(parts.values()), groups)
     named = replace(piece, source=name)
-    if transform == "rope_unpermute":
-        return split_rows(replace(named, transform=transform), config.head_size)
-    swapped = transform == "transpose" and len(piece.source_shape) == 2
-    return (sharding.transposed(named),) if swapped else (named,)
+    if transform == "transpose":  # of biases nothing is swapped
+        return (sharding.transposed(named),) if len(piece.source_shape) == 2 else (named,)
+    turned = replace(named, transform=transform)
+    return split_rows(turned, config.head_size) if transform == "rope_unpermute" else (turned,)
 
 
 def _parts(naming: Naming, parent: str, config: ModelConfig) -> tuple[dict[str, int], int]:
