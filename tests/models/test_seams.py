@@ -76,12 +76,13 @@ def test_one_body_runs_on_threads_and_on_processes() -> None:
     assert threads == pytest.approx(processes, rel=1e-14)
 
 
-@pytest.mark.parametrize("shape", ["qwen3", "olmo2", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("shape", ["qwen3", "olmo2", "gpt_neox", "falcon", "gemma3"])
 @pytest.mark.parametrize("tp", [2, 4, 7])
 def test_a_planned_run_calls_what_a_real_run_calls(shape: str, tp: int) -> None:
     """Operation, bytes and tag of every collective, forward and backward, without peers and without values.
 
-    Norms over all heads at once add one all-reduce of T x 2 a layer.
+    A layer makes two all-reduces of T x H, and one where attention and MLP stand side by side; backward as many calls,
+    of twice that width where the two have norms of their own. Norms over all heads at once add one of T x 2 a layer.
     """
     longrope = LongRopeScaling(short=(1.0,), long=(2.0,), original=3) if shape == "gpt_neox" else None
     config = tiny_config(**SHAPES[shape], rope_scaling=longrope)
@@ -101,8 +102,12 @@ def test_a_planned_run_calls_what_a_real_run_calls(shape: str, tp: int) -> None:
     squares = [call for call in forward if call.tag.endswith("qk_norm")]
     assert len(squares) == config.layers * config.wide_qk_norm
     assert {call.bytes for call in squares} <= {14 * 2 * 4}
-    assert len(forward) - len(squares) == 1 + 2 * config.layers
+    beside = config.block in ("parallel", "parallel_shared")
+    assert len(forward) - len(squares) == 1 + (1 if beside else 2) * config.layers
     assert {call.bytes for call in forward if call not in squares} == {14 * config.hidden * 4}
+    backward = [call.bytes for call in real[0] if call.tag.endswith((".qkv/grad", ".up/grad", ".gate_up/grad"))]
+    width = 2 if config.block == "parallel" else 1
+    assert backward == [14 * width * config.hidden * 4] * (1 if beside else 2) * config.layers
 
 
 def check_stages(group: Group) -> None:

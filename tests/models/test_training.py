@@ -179,9 +179,9 @@ def test_norms_under_sequence_parallelism_are_reduced_exactly_once() -> None:
     on_threads(3, body)
 
 
-def step(group: Group, sequence: bool, keep: str) -> list[Call]:
+def step(group: Group, sequence: bool, keep: str, changes: dict[str, Any] | None = None) -> list[Call]:
     recording = RecordingGroup(group)
-    model = model_of(recording, {}, sequence)
+    model = model_of(recording, changes or {}, sequence)
     loss_over(model, Flow(keep=KEEPS[keep]), SEQUENCES).backward()
     return recording.calls
 
@@ -215,6 +215,29 @@ def test_sequence_parallelism_replaces_all_reduces() -> None:
     whole = 14 * 20 * 8
     assert {call.bytes for call in calls if call.op == "reduce_scatter"} == {whole}
     assert {call.bytes for call in calls if call.op == "all_gather" and call.tag != "loss"} == {5 * 20 * 8}
+
+
+@pytest.mark.parametrize("kind", ["parallel", "shared norm"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_layers_side_by_side_move_once_each_way(kind: str, keep: str) -> None:
+    """Where others move twice; dealt out by rows, they enter once too. Full recomputation enters again, as it must."""
+    wide = 2 if kind == "parallel" else 1
+    shares, whole = 5 * 20 * 8, 14 * 20 * 8
+    entered, left = "layers.1.attention.qkv", "layers.1.attention.out"
+    expected = {
+        False: [("all_reduce", left, whole), ("all_reduce", f"{entered}/grad", wide * whole)],
+        True: [
+            *[("all_gather", entered, wide * shares)] * (2 if keep == "full" else 1),
+            ("reduce_scatter", left, whole),
+            ("all_gather", f"{left}/grad", shares),
+            ("reduce_scatter", f"{entered}/grad", wide * whole),
+            ("all_gather", f"{entered}/again", wide * shares),
+        ],
+    }
+    for sequence, calls in expected.items():
+        made = on_threads(3, step, sequence, keep, BLOCKS[kind])[0]
+        found = [(call.op, call.tag, call.bytes) for call in made if call.tag.startswith("layers.1.")]
+        assert sorted(found) == sorted(calls)
 
 
 def test_the_weight_gradient_is_computed_while_the_input_gradient_travels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ class Scoring:
     cap: float = 0.0
 
 
-class _Attention(nn.Module, ABC):
-    """Shared: each rank computes its query heads over the KV heads they need, and `out` sums over the ranks."""
+class GroupedAttention(nn.Module, ABC):
+    """Each rank computes its query heads over the KV heads they need, and `out` sums over the ranks."""
 
     def __init__(
         self, qkv: QKVParallelLinear, out: RowParallelLinear, scoring: Scoring | None = None, turn: Turn = rotary
@@ -46,9 +46,12 @@ class _Attention(nn.Module, ABC):
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
         """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
-        heads = flow.keep.core(lambda qkv: self._core(qkv, rope, batch, kv), self.qkv(x, flow.rows))
-        y: Tensor = self.out(heads, flow.rows)
+        y: Tensor = self.out(self.between(self.qkv(x, flow.rows), rope, batch, kv, flow), flow.rows)
         return y
+
+    def between(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow) -> Tensor:
+        """From the first product to the second, `[T, (N_r + 2 K_r) D]` → `[T, N_r D]`: nothing moves."""
+        return flow.keep.core(lambda qkv: self._core(qkv, rope, batch, kv), qkv)
 
     def _core(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
         """`[T, (N_r + 2 K_r) D]` → `[T, N_r D]`: all that lies between the two products."""
@@ -69,7 +72,7 @@ class _Attention(nn.Module, ABC):
 
 
 @final
-class Attention(_Attention):
+class Attention(GroupedAttention):
     """`out(softmax(q k.T * scale) v)`, causal, cut by heads: one all-reduce of T x H forward, one backward."""
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +80,7 @@ class Attention(_Attention):
 
 
 @final
-class HeadNormAttention(_Attention):
+class HeadNormAttention(GroupedAttention):
     """The same where `q_norm` and `k_norm` act on each head before rotation (Qwen3, Gemma 3)."""
 
     def __init__(
@@ -97,7 +100,7 @@ class HeadNormAttention(_Attention):
 
 
 @final
-class WideNormAttention(_Attention):
+class WideNormAttention(GroupedAttention):
     """The same where q and k are normed over all heads at once: another all-reduce of T x 2 forward, and backward."""
 
     def __init__(

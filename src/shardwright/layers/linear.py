@@ -37,16 +37,26 @@ class ReplicatedLinear(ParallelLayer):
         return F.linear(x, self.weight, self.bias)
 
 
-class _ColumnLinear(ParallelLayer):
+class ColumnLinear(ParallelLayer):
     """Shared by the column-parallel linears: the input is alike on all ranks, the output is this rank's part."""
 
     def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         """`x [T, I]`, or this rank's rows of it → `y_r [T, O_r]`."""
-        return rows.enter(x, self.weight, self.bias, self.group, self.name)
+        return enter_together(x, (self,), rows)[0]
+
+
+def enter_together(x: Tensor, linears: Sequence[ColumnLinear], rows: Rows) -> tuple[Tensor, ...]:
+    """What column-parallel linears that begin at one place make of it, in one move: `[T, O_r]` of each.
+
+    x: their one input `[T, I]`, or the input of each side by side, `[T, n I]`; or this rank's rows of that. Backward:
+    one all-reduce (or reduce-scatter) of the gradient of x.
+    """
+    first = linears[0]
+    return rows.enter(x, [(linear.weight, linear.bias) for linear in linears], first.group, first.name)
 
 
 @final
-class ColumnParallelLinear(_ColumnLinear):
+class ColumnParallelLinear(ColumnLinear):
     """`y = x @ w.T + b` with `w` cut along its output dimension.
 
     ======  ========  ==========================
@@ -75,7 +85,7 @@ class ColumnParallelLinear(_ColumnLinear):
 
 
 @final
-class MergedColumnParallelLinear(_ColumnLinear):
+class MergedColumnParallelLinear(ColumnLinear):
     """Several column-parallel linears of one input as one matmul: `y_r [T, sum O_r]`, part after part.
 
     Each part is cut by itself, so a rank holds matching slices of gate and up; load them with shard_id 0, 1, ….
@@ -100,7 +110,7 @@ class MergedColumnParallelLinear(_ColumnLinear):
 
 
 @final
-class QKVParallelLinear(_ColumnLinear):
+class QKVParallelLinear(ColumnLinear):
     """Query, key and value projections as one matmul, cut by heads: `y_r [T, (N_r + 2 K_r) D]`.
 
     A rank holds its query heads and every KV head they need, so a KV head whose group straddles ranks is held, and
@@ -166,5 +176,16 @@ class RowParallelLinear(ParallelLayer):
 
     def forward(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         """`x_r [T, I_r]` → `y [T, O]`, or this rank's rows of it."""
-        y = rows.leave(x, self.weight, self.group, self.name)
-        return y if self.bias is None else y + self.bias
+        return leave_together(((self, x),), rows)
+
+
+def leave_together(terms: Sequence[tuple[RowParallelLinear, Tensor]], rows: Rows) -> Tensor:
+    """The sum of row-parallel linears, each of its own `x_r [T, I_r]`, in one move: `[T, O]`, or this rank's rows.
+
+    What one of them has summed over the ranks need not be: a rank adds up its products first. Each bias is added once.
+    """
+    first = terms[0][0]
+    y = rows.leave([(x, linear.weight) for linear, x in terms], first.group, first.name)
+    for linear, _ in terms:
+        y = y if linear.bias is None else y + linear.bias
+    return y

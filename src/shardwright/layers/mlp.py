@@ -1,5 +1,6 @@
 """The feed-forward blocks, each cut along F: one all-reduce of T x H forward, one backward."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import final
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 
 from shardwright.kernels.swiglu import swiglu
 from shardwright.layers.flow import DEFAULT, Flow
-from shardwright.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from shardwright.layers.linear import (
+    ColumnLinear,
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+)
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -20,47 +26,78 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 """By `ModelConfig.activation`; `gelu_tanh` is the approximation by tanh (Hendrycks & Gimpel 2016)."""
 
 
-@final
-class SwiGLU(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
+class MLP(nn.Module, ABC):
+    """`down(between(begin(x)))`."""
 
+    down: RowParallelLinear
+
+    @property
+    @abstractmethod
+    def begin(self) -> ColumnLinear:
+        """The first product."""
+
+    @abstractmethod
+    def activated(self, x: Tensor) -> Tensor:
+        """What the first product has made, to what the second one reads."""
+
+    @final
+    def between(self, x: Tensor, flow: Flow) -> Tensor:
+        """From the first product to the second, `[T, O_r]` → `[T, F_r]`: nothing moves."""
+        return flow.keep.core(self.activated, x)
+
+    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
+        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
+        y: Tensor = self.down(self.between(self.begin(x, flow.rows), flow), flow.rows)
+        return y
+
+
+class _Gated(MLP):
     def __init__(self, gate_up: MergedColumnParallelLinear, down: RowParallelLinear) -> None:
         super().__init__()
         self.gate_up, self.down = gate_up, down
 
-    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
-        y: Tensor = self.down(flow.keep.core(swiglu, self.gate_up(x, flow.rows)), flow.rows)
-        return y
+    @property
+    def begin(self) -> ColumnLinear:
+        """Gate and up, one after another."""
+        return self.gate_up
 
 
 @final
-class GatedMLP(nn.Module):
+class SwiGLU(_Gated):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def activated(self, x: Tensor) -> Tensor:
+        """`[T, 2 F_r]` → `[T, F_r]`."""
+        return swiglu(x)
+
+
+@final
+class GatedMLP(_Gated):
     """`down(activation(gate(x)) * up(x))`; with GELU it is GeGLU (Shazeer 2020)."""
 
     def __init__(self, gate_up: MergedColumnParallelLinear, down: RowParallelLinear, activation: str) -> None:
-        super().__init__()
-        self.gate_up, self.down, self.activation = gate_up, down, ACTIVATIONS[activation]
+        super().__init__(gate_up, down)
+        self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
-        y: Tensor = self.down(flow.keep.core(self._gated, self.gate_up(x, flow.rows)), flow.rows)
-        return y
-
-    def _gated(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
+    def activated(self, x: Tensor) -> Tensor:
+        """`[T, 2 F_r]` → `[T, F_r]`."""
+        gate, up = x.chunk(2, -1)
         return self.activation(gate) * up
 
 
 @final
-class PlainMLP(nn.Module):
+class PlainMLP(MLP):
     """`down(activation(up(x)))`."""
 
     def __init__(self, up: ColumnParallelLinear, down: RowParallelLinear, activation: str) -> None:
         super().__init__()
         self.up, self.down, self.activation = up, down, ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, flow: Flow = DEFAULT) -> Tensor:
-        """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
-        y: Tensor = self.down(flow.keep.core(self.activation, self.up(x, flow.rows)), flow.rows)
-        return y
+    @property
+    def begin(self) -> ColumnLinear:
+        """Up."""
+        return self.up
+
+    def activated(self, x: Tensor) -> Tensor:
+        """`[T, F_r]` → the same shape."""
+        return self.activation(x)

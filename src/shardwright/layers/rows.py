@@ -2,7 +2,7 @@
 
 Between the parallel blocks of a model lie norms, residual additions and dropout. With `WholeRows` every rank does all
 of that on all T rows; with `SharedRows` each on its own T_r, in balance, T a multiple of nothing. A block is entered by
-a column-parallel product and left by a row-parallel one, so these are the two places where the kinds differ:
+column-parallel products and left by row-parallel ones, so these are the two places where the kinds differ:
 
 ==========  =============================  ============================================
 kind        entering a block               leaving it
@@ -16,16 +16,18 @@ partial gradients (`gradient`).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.comm import regions
 from shardwright.comm.group import Group
-from shardwright.kernels.column_linear import copied_linear, gathered_linear
+from shardwright.kernels.column_linear import Product, copied_linears, gathered_linears
 from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
-from shardwright.kernels.row_linear import unsummed_linear
+from shardwright.kernels.row_linear import Term, unsummed_linears
 from shardwright.kernels.siblings import matmul_reduce_scatter
 from shardwright.layout.partition import Partition, Range
 from shardwright.layout.spec import Gradient
@@ -37,12 +39,15 @@ class Rows(ABC):
     gradient: ClassVar[Gradient]
 
     @abstractmethod
-    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, tag: str) -> Tensor:
-        """This rank's columns of all rows: `x` as it lies in the residual stream, `weight [O_r, I]` → `[T, O_r]`."""
+    def enter(self, x: Tensor, products: Sequence[Product], group: Group, tag: str) -> tuple[Tensor, ...]:
+        """This rank's columns of all rows, `[T, O_r]` of each product; `x` as it lies in the residual stream.
+
+        The products read one `x [T, I]`, or the parts of an `x [T, n I]` in turn; what moves is one x.
+        """
 
     @abstractmethod
-    def leave(self, x: Tensor, weight: Tensor, group: Group, tag: str) -> Tensor:
-        """The sum over ranks of `x [T, I_r] @ weight.T`, as it lies in the residual stream; `weight [O, I_r]`."""
+    def leave(self, terms: Sequence[Term], group: Group, tag: str) -> Tensor:
+        """The sum over ranks and terms of `x [T, I_r] @ weight.T`, as it lies in the residual stream, in one move."""
 
     @abstractmethod
     def total(self, x: Tensor, group: Group, tag: str) -> Tensor:
@@ -65,16 +70,17 @@ class WholeRows(Rows):
     repeated: bool = False
 
     @final
-    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, tag: str) -> Tensor:
+    def enter(self, x: Tensor, products: Sequence[Product], group: Group, tag: str) -> tuple[Tensor, ...]:
         """Nothing moves."""
-        return copied_linear(x, weight, bias, group, tag)
+        return copied_linears(x, products, group, tag)
 
     @final
-    def leave(self, x: Tensor, weight: Tensor, group: Group, tag: str) -> Tensor:
+    def leave(self, terms: Sequence[Term], group: Group, tag: str) -> Tensor:
         """One all-reduce."""
         if self.repeated:
-            return unsummed_linear(x, weight, None, group, tag)
-        return matmul_all_reduce(x, weight.T, group, tag=tag)
+            return unsummed_linears(terms, None, group, tag)
+        (x, weight), *others = terms
+        return matmul_all_reduce(x, weight.T, group, x3=_summed(others), tag=tag)
 
     @final
     def total(self, x: Tensor, group: Group, tag: str) -> Tensor:
@@ -106,16 +112,17 @@ class SharedRows(Rows):
         return cls(Partition.balanced(tokens, ranks).widths)
 
     @final
-    def enter(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, tag: str) -> Tensor:
+    def enter(self, x: Tensor, products: Sequence[Product], group: Group, tag: str) -> tuple[Tensor, ...]:
         """One all-gather."""
-        return gathered_linear(x, weight, bias, self.sizes, group, tag)
+        return gathered_linears(x, products, self.sizes, group, tag)
 
     @final
-    def leave(self, x: Tensor, weight: Tensor, group: Group, tag: str) -> Tensor:
+    def leave(self, terms: Sequence[Term], group: Group, tag: str) -> Tensor:
         """One reduce-scatter."""
         if self.repeated:
-            return unsummed_linear(x, weight, self.sizes, group, tag)
-        return matmul_reduce_scatter(x, weight.T, group, sizes=self.sizes, tag=tag)
+            return unsummed_linears(terms, self.sizes, group, tag)
+        (x, weight), *others = terms
+        return matmul_reduce_scatter(x, weight.T, group, sizes=self.sizes, x3=_summed(others), tag=tag)
 
     @final
     def total(self, x: Tensor, group: Group, tag: str) -> Tensor:
@@ -132,6 +139,12 @@ class SharedRows(Rows):
         """This rank's range of the deal."""
         start = sum(self.sizes[:rank])
         return start, start + self.sizes[rank]
+
+
+def _summed(terms: Sequence[Term]) -> Tensor | None:
+    """This rank's part of these terms, to be added to another one before the ranks' sum."""
+    products = [F.linear(x, weight) for x, weight in terms]
+    return sum(products[1:], products[0]) if products else None
 
 
 WHOLE = WholeRows()

@@ -28,7 +28,7 @@ class _VocabTable(ParallelLayer):
     @final
     def logits(self, x: Tensor, rows: Rows = WHOLE) -> Tensor:
         """`x [T, H]`, or this rank's rows of it → this rank's logits `[T, V_r]`; the backward all-reduces dx."""
-        return rows.enter(x, self.weight, None, self.group, f"{self.name}.logits")
+        return rows.enter(x, ((self.weight, None),), self.group, f"{self.name}.logits")[0]
 
 
 @final

@@ -8,11 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from shardwright.comm.group import Group
 from shardwright.kernels.reference import partial_rotary, rotary, unturned
-from shardwright.layers.attention import Attention, HeadNormAttention, Scoring, Turn, WideNormAttention
+from shardwright.layers.attention import (
+    Attention,
+    GroupedAttention,
+    HeadNormAttention,
+    Scoring,
+    Turn,
+    WideNormAttention,
+)
 from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
@@ -21,8 +29,10 @@ from shardwright.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    enter_together,
+    leave_together,
 )
-from shardwright.layers.mlp import GatedMLP, PlainMLP, SwiGLU
+from shardwright.layers.mlp import MLP, GatedMLP, PlainMLP, SwiGLU
 from shardwright.layers.norm import LayerNorm, Norm, PlusOneRMSNorm, RMSNorm, WideQKNorm
 from shardwright.layers.recompute import Block as Run
 from shardwright.layers.rotary import Rope
@@ -39,7 +49,7 @@ Inner = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module, ABC):
-    """A layer: two all-reduces of T x H. Which norms it has is `specs.NORMS_OF`'s to say.
+    """A layer: attention and MLP, an all-reduce of T x H each unless it says less. Its norms are `specs.NORMS_OF`'s.
 
     What `flow` may compute again is a block of the residual stream: it begins with a norm and ends in a row-parallel
     product, so that a norm behind that product stays outside.
@@ -117,36 +127,40 @@ class SandwichLayer(Block):
         return x + self._dropped(self.mlp_post_norm(flow.block(think, x)), "mlp", batch, flow)
 
 
-@final
-class ParallelBlock(Block):
-    """Attention and MLP side by side, each behind its norm, both added to their input (GPT-NeoX, Falcon 40B)."""
+class _SideBySide(Block):
+    """Attention and MLP of one input, both added to it: one all-reduce of T x H forward, and one call backward."""
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
         """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
 
         def both(x: Tensor, rows: Rows) -> Tensor:
-            spread = flow.spread(rows)
-            y: Tensor = self.attention(self.attention_norm(x), rope, batch, kv, spread) + self.mlp(
-                self.mlp_norm(x), spread
-            )
-            return y
+            attention, mlp = self.attention, self.mlp
+            qkv, up = enter_together(self._normed(x), (attention.qkv, mlp.begin), rows)
+            heads, inner = attention.between(qkv, rope, batch, kv, flow), mlp.between(up, flow)
+            return leave_together(((attention.out, heads), (mlp.down, inner)), rows)
 
         return x + self._dropped(flow.block(both, x), "both", batch, flow)
+
+    @abstractmethod
+    def _normed(self, x: Tensor) -> Tensor:
+        """What both begin from: one `[T, H]`, or two side by side."""
 
 
 @final
-class SharedNormBlock(Block):
-    """Attention and MLP side by side behind one norm, both added to their input (Falcon 7B)."""
+class ParallelBlock(_SideBySide):
+    """Attention and MLP each behind its norm (GPT-NeoX, Falcon 40B); backward moves T x 2H."""
 
-    def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
-        """`x [T, H]` → `[T, H]`, or this rank's rows of both."""
+    def _normed(self, x: Tensor) -> Tensor:
+        return torch.cat((self.attention_norm(x), self.mlp_norm(x)), -1)
 
-        def both(x: Tensor, rows: Rows) -> Tensor:
-            normed, spread = self.attention_norm(x), flow.spread(rows)
-            y: Tensor = self.attention(normed, rope, batch, kv, spread) + self.mlp(normed, spread)
-            return y
 
-        return x + self._dropped(flow.block(both, x), "both", batch, flow)
+@final
+class SharedNormBlock(_SideBySide):
+    """Attention and MLP behind one norm (Falcon 7B, StableLM 2 12B); backward moves T x H."""
+
+    def _normed(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention_norm(x)
+        return y
 
 
 def _as_it_is(x: Tensor) -> Tensor:
@@ -167,7 +181,7 @@ def norm_of(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> Norm:
     return NORMS[config.norm](config.hidden, group, eps=config.norm_eps, gradient=cuts.gradient, name=name)
 
 
-def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> nn.Module:
+def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> GroupedAttention:
     name, size, eps = f"layers.{layer}.attention", config.head_size, config.norm_eps
     qkv = QKVParallelLinear(config.hidden, cuts.heads, size, group, bias=config.qkv_bias, name=f"{name}.qkv")
     inner = cuts.heads.query.times(size)
@@ -194,7 +208,7 @@ def _turn(config: ModelConfig) -> Turn:
     return rotary if config.turned == config.head_size else partial_rotary
 
 
-def _mlp(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> nn.Module:
+def _mlp(config: ModelConfig, cuts: Cuts, group: Group, name: str) -> MLP:
     ff, bias = cuts.feed_forward, config.mlp_bias
     down = RowParallelLinear(ff, config.hidden, group, bias=bias, gradient=cuts.gradient, name=f"{name}.down")
     if not config.gated:
