@@ -48,11 +48,11 @@ def started(home: Path) -> "subprocess.Popen[str]":
 @pytest.mark.system
 @pytest.mark.parametrize("parallel", ["tensor = 2", "tensor = 2\ndata = 2"], ids=["2", "2x2"])
 def test_runs_killed_at_random_steps_have_the_losses_of_one_that_was_not(tmp_path: Path, parallel: str) -> None:
-    """Ten kills of the launcher, each at a random moment of a step. Over shared memory, which sums in rank order, so
-    bit for bit.
+    """Ten kills of the launcher, each at a random moment some steps after the last; twenty with both meshes. Over
+    shared memory, which sums in rank order, so bit for bit.
     """
     recipe = RECIPE.replace("tensor = 3", parallel)
-    for key, old, new in (("steps", 6, 60), ("save_every", 3, 2), ("log_every", 3, 1)):
+    for key, old, new in (("steps", 6, 90), ("save_every", 3, 2), ("log_every", 3, 1)):
         recipe = recipe.replace(f"{key} = {old}", f"{key} = {new}")
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -60,19 +60,22 @@ def test_runs_killed_at_random_steps_have_the_losses_of_one_that_was_not(tmp_pat
         (tmp_path / name / "text.txt").write_text("one two three four five six seven eight nine ten " * 60)
     assert started(tmp_path / "whole").wait(120) == 0
     generator = random.Random(7)
-    kills = 0
-    while kills < 10:
-        with started(tmp_path / "killed") as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("step ") and generator.random() < 0.2:
-                    time.sleep(generator.random() * 0.03)
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-        if process.returncode == 0:
-            break
-    assert kills >= 3
+    for _ in range(10):
+        killed_after(tmp_path / "killed", generator.randint(2, 8), generator.random() * 0.03)
     assert started(tmp_path / "killed").wait(120) == 0
     assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
-    assert len(losses_of(tmp_path / "whole")) == 60
+    assert len(losses_of(tmp_path / "whole")) == 90
+
+
+def killed_after(home: Path, steps: int, seconds: float) -> None:
+    """Run until so many steps are reported, and so long into the next."""
+    with started(home) as process:
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith("step ") and "loss" in line
+            if seen == steps:
+                break
+        time.sleep(seconds)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
