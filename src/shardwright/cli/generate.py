@@ -98,7 +98,7 @@ def _ranks(said: str) -> int | None:
 def _choice(config: "ModelConfig", prompt: int, options: GenerateOptions) -> "Choice":
     """The number of ranks that should decode this fastest here."""
     from shardwright.cli.measure import measured_machine
-    from shardwright.plan.blocks import of_config
+    from shardwright.plan.declared import of_config
     from shardwright.plan.measured import fastest_decode
 
     return fastest_decode(of_config(config), measured_machine(), prompt, options.max_tokens)

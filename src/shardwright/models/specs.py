@@ -24,6 +24,15 @@ NORMS_OF: Mapping[Block, tuple[str, ...]] = {
 }
 """The norms of each kind of layer, by name."""
 
+SUMS_OF: Mapping[Block, tuple[int, int]] = {
+    "pre": (2, 2),
+    "post": (2, 2),
+    "sandwich": (2, 2),
+    "parallel": (2, 2),
+    "parallel_shared": (2, 2),
+}
+"""All-reduces of T x H that each kind of layer makes, forward and backward; plans count on it, and a test holds it."""
+
 
 @dataclass(frozen=True)
 class Cuts:

@@ -5,17 +5,32 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from shardwright.models.config import ModelConfig
 from shardwright.plan import catalogue
 from shardwright.plan.quantities import Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holds:
+    """How many parameters a rank holds of a layer: `whole` of them whatever its share, and so many for each of its
+    query heads, KV heads and feed-forward features. ends: whole on every rank beside the tables of the vocabulary.
+    """
+
+    whole: Floats
+    per_head: Floats
+    per_kv_head: Floats
+    per_feature: Floats
+    ends: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     """A decoder in the notation of `docs/notation.md`.
 
-    gated: 1 where the feed-forward is SwiGLU, else two products · tied: 1 where the embedding is the head · window:
-    tokens a token sees, 0 for all before it · qk_norm and *_bias: 1 where a layer has those small parameters.
+    gated: 1 where the feed-forward has a gate beside its up projection · tied: 1 where the embedding is the head ·
+    window: tokens a token sees in the layers that have a window, 0 for none; windowed: their share of the layers ·
+    norms: of H features, a layer · head_norms: 1 where heads of q and k are normed · turned: share of a head's dims
+    that rotary embedding turns · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums:
+    those of T x 2, either way.
     """
 
     layers: Floats
@@ -28,10 +43,51 @@ class Blocks:
     gated: Floats
     tied: Floats
     window: Floats
-    qk_norm: Floats = 0
-    qkv_bias: Floats = 0
-    out_bias: Floats = 0
-    mlp_bias: Floats = 0
+    windowed: Floats = 1
+    norms: Floats = 2
+    head_norms: Floats = 0
+    turned: Floats = 1
+    sums: Floats = 2
+    sums_back: Floats = 2
+    norm_sums: Floats = 0
+    holds: Holds
+
+
+def of_sizes(
+    *,
+    layers: float,
+    hidden: float,
+    feed_forward: float,
+    heads: float,
+    kv_heads: float,
+    head_size: float,
+    vocabulary: float,
+    gated: float,
+    tied: float,
+    window: float = 0,
+) -> Blocks:
+    """A model of which no more is known than its sizes: two RMSNorms a layer, no biases, rotary where it is gated."""
+    per_head = 2 * hidden * head_size
+    return Blocks(
+        layers=layers,
+        hidden=hidden,
+        feed_forward=feed_forward,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        vocabulary=vocabulary,
+        gated=gated,
+        tied=tied,
+        window=window,
+        turned=gated,
+        holds=Holds(
+            whole=2 * hidden,
+            per_head=per_head,
+            per_kv_head=per_head,
+            per_feature=(2 + gated) * hidden,
+            ends=hidden,
+        ),
+    )
 
 
 @cache
@@ -49,24 +105,4 @@ def built_in(name: str) -> tuple[str, Blocks]:
     bare = re.sub(r"(-instruct|-chat|-base|-hf|-fp8|-nvfp4|-bf16)+$", "", name.lower().rsplit("/", 1)[-1])
     key = catalogue.resolve(models(), bare, "model")
     row = {name: value for name, value in models()[key].items() if name != "aliases"}
-    return key, Blocks(**({"window": 0} | row))
-
-
-def of_config(config: ModelConfig) -> Blocks:
-    """The sizes of a model this package can run."""
-    return Blocks(
-        layers=config.layers,
-        hidden=config.hidden,
-        feed_forward=config.feed_forward,
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_size=config.head_size,
-        vocabulary=config.vocabulary,
-        gated=1,
-        tied=int(config.tied),
-        window=0,
-        qk_norm=int(config.qk_norm),
-        qkv_bias=int(config.qkv_bias),
-        out_bias=int(config.out_bias),
-        mlp_bias=int(config.mlp_bias),
-    )
+    return key, of_sizes(**row)

@@ -76,8 +76,8 @@ def stage_parameters(blocks: Blocks, share: work.Share, pp: Floats, stage: Float
     ends = base + np.where((stage == 0) & (extra > room), 1, 0) + np.where((stage == pp - 1) & (extra > room + 1), 1, 0)
     layers = np.where(pp == 1, blocks.layers, np.where(inner, middle, ends))
     table = work.table_parameters(share)
-    norm = np.where(stage == pp - 1, blocks.hidden, 0)
-    ends_held = np.where(pp == 1, (2 - blocks.tied) * table, np.where(inner, 0, table)) + norm
+    small = np.where(stage == pp - 1, blocks.holds.ends, 0)
+    ends_held = np.where(pp == 1, (2 - blocks.tied) * table, np.where(inner, 0, table)) + small
     return layers * work.layer_parameters(blocks, share) + ends_held, layers
 
 

@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def stacked(records: Sequence[T]) -> T:
-    """One record whose every field is the array of the records' fields."""
+    """One record whose every field is the array of the records' fields; records among the fields are stacked too."""
     kind = type(records[0])
-    columns = {f.name: np.array([getattr(record, f.name) for record in records]) for f in fields(kind)}  # type: ignore[arg-type]
-    return kind(**columns)
+    columns = {f.name: [getattr(record, f.name) for record in records] for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: stacked(c) if is_dataclass(c[0]) else np.array(c) for name, c in columns.items()})
 
 
 def ceil_div(a: Floats, b: Floats) -> Floats:

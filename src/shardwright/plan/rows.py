@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardwright.errors import FileError, UsageError
-from shardwright.plan.blocks import Blocks
+from shardwright.plan.blocks import Blocks, of_sizes
 from shardwright.plan.curves import Machine
 from shardwright.plan.hardware import machine
 from shardwright.plan.quantities import stacked
@@ -95,7 +95,7 @@ def _record(row: Row) -> tuple[Blocks, Training, Split, Machine, Software]:
 
 
 def _blocks(row: Row) -> Blocks:
-    return Blocks(
+    return of_sizes(
         layers=number(row, "layers"),
         hidden=number(row, "hidden"),
         feed_forward=number(row, "ffn"),

@@ -119,7 +119,7 @@ def machine_of(cluster: Cluster, blocks: Blocks, nbytes: float, by: str) -> tupl
 def parameters(blocks: Blocks) -> float:
     """Of the whole model."""
     whole = work.busiest(blocks, 1)
-    ends = (2 - blocks.tied) * work.table_parameters(whole) + blocks.hidden
+    ends = (2 - blocks.tied) * work.table_parameters(whole) + blocks.holds.ends
     return float(blocks.layers * work.layer_parameters(blocks, whole) + ends)
 
 

@@ -95,8 +95,7 @@ def _decode(stage: Stage, load: Load) -> tuple[Floats, Floats]:
     held = load.input + load.output / 2
     cache = 2 * machine.width * rows * held * share.kv_heads * share.head_size
     seconds = seconds + curves.moved(machine, cache)
-    wired = curves.links(machine, tp, np.ones_like(tp))
-    spoken = 2 * curves.all_reduce(machine, wired, _activations(machine, share, rows))
+    spoken = _sums(stage, share, rows)
     head = curves.product(machine, *work.head_product(share, rows))
     letters = (pp - 1) * curves.letter(machine, _activations(machine, share, rows), pp * tp > machine.per_node)
     return blocks.layers * (seconds + spoken) + head + letters + server.step, blocks.layers * spoken + letters
@@ -109,12 +108,19 @@ def _prefill(stage: Stage, load: Load) -> Floats:
     seconds = KERNELS * machine.launch + 0.0 * tokens
     for product in work.products(share, tokens):
         seconds = seconds + curves.product(machine, *product, load.fp8)
-    seen = share.heads * work.pairs(tokens, blocks.window)
+    seen = share.heads * work.pairs(blocks, tokens)
     seconds = seconds + curves.attention(machine, seen, tokens, share.heads, share.head_size)
-    seconds = seconds + curves.moved(machine, work.elementwise(share, tokens, 1 + 0 * tp)[0])
-    wired = curves.links(machine, tp, np.ones_like(tp))
-    spoken = 2 * curves.all_reduce(machine, wired, _activations(machine, share, tokens))
+    seconds = seconds + curves.moved(machine, work.elementwise(blocks, share, tokens, 1 + 0 * tp)[0])
+    spoken = _sums(stage, share, tokens)
     return blocks.layers * (seconds + spoken) + curves.product(machine, *work.head_product(share, 1 + 0 * tokens))
+
+
+def _sums(stage: Stage, share: work.Share, tokens: Floats) -> Floats:
+    """Seconds of a layer's all-reduces forward."""
+    wired = curves.links(stage.machine, stage.tp, np.ones_like(stage.tp))
+    summed = curves.all_reduce(stage.machine, wired, _activations(stage.machine, share, tokens))
+    of_norms = curves.all_reduce(stage.machine, wired, work.norm_bytes(tokens))
+    return stage.blocks.sums * summed + stage.blocks.norm_sums * of_norms
 
 
 def _activations(machine: Machine, share: work.Share, tokens: Floats) -> Floats:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shardwright.errors import FileError, UnsupportedError
-from shardwright.plan.blocks import Blocks, built_in
+from shardwright.plan.blocks import Blocks, built_in, of_sizes
 
 KEYS = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -40,7 +40,7 @@ def _from_path(path: Path) -> Blocks:
     from shardwright.checkpoint.opening import open_checkpoint
     from shardwright.checkpoint.source import Checkpoint
     from shardwright.models.read import read_config
-    from shardwright.plan.blocks import of_config
+    from shardwright.plan.declared import of_config
 
     if path.suffix == ".gguf":
         with open_checkpoint(path) as checkpoint:
@@ -64,7 +64,7 @@ def _from_keys(file: Path, said: Mapping[str, Any]) -> Blocks:
     kv_heads = said.get("num_key_value_heads") or said.get("n_head_kv") or (1 if said.get("multi_query") else heads)
     wide = said.get("intermediate_size") or said.get("ffn_dim") or said.get("n_inner") or 4 * hidden
     window = said.get("sliding_window") if said.get("use_sliding_window", True) else 0
-    return Blocks(
+    return of_sizes(
         **sizes,
         feed_forward=wide,
         kv_heads=kv_heads,

@@ -130,7 +130,7 @@ def _layer(scene: Scene, share: work.Share, tokens: Floats) -> _Layer:
         of_input, of_weight = work.backward(product)
         back = back + curves.product(machine, *of_input, fp8) + curves.product(machine, *of_weight, fp8, casts=0)
     sharded = np.where(split.sp > 0, split.tp, 1)
-    bytes_forward, bytes_back = work.elementwise(share, tokens, sharded)
+    bytes_forward, bytes_back = work.elementwise(scene.blocks, share, tokens, sharded)
     moved = tuple(curves.moved(machine, software.elementwise * n) for n in (bytes_forward, bytes_back))
     return _Layer((forward, back), _attention(scene, share, tokens), moved, _tensor_parallel(scene, share, tokens))
 
@@ -138,7 +138,7 @@ def _layer(scene: Scene, share: work.Share, tokens: Floats) -> _Layer:
 def _attention(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
     machine, software, training = scene.machine, scene.software, scene.training
     sequences = tokens * scene.split.cp / training.sequence
-    seen = sequences * share.heads * work.pairs(training.sequence, scene.blocks.window) / scene.split.cp
+    seen = sequences * share.heads * work.pairs(scene.blocks, training.sequence) / scene.split.cp
     seen = seen * np.where(software.balanced > 0, 1, 2 - 1 / scene.split.cp)  # the last rank sees all keys before it
     fused = curves.attention(machine, seen, training.sequence, share.heads, share.head_size)
     fused = fused / (software.flash * np.where(software.native > 0, 1, machine.attention_ported))
@@ -154,16 +154,18 @@ def _attention(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats,
 
 
 def _tensor_parallel(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
-    machine, split = scene.machine, scene.split
+    """All-reduces where rows are whole; a gather and a scatter for each where they are shared."""
+    machine, split, blocks = scene.machine, scene.split, scene.blocks
     wired = curves.links(machine, split.tp, np.ones_like(split.tp))
     nbytes = work.activation_bytes(share, tokens)
-    summed = 2 * curves.all_reduce(machine, wired, nbytes)
-    gathered = 4 * curves.gather(machine, wired, nbytes)
-    forward = np.where(split.sp > 0, gathered, summed)
+    summed, gathered = curves.all_reduce(machine, wired, nbytes), 2 * curves.gather(machine, wired, nbytes)
+    each = np.where(split.sp > 0, gathered, summed)
+    of_norms = blocks.norm_sums * curves.all_reduce(machine, wired, work.norm_bytes(tokens))
+    forward, back = blocks.sums * each + of_norms, blocks.sums_back * each + of_norms
     ring = curves.links(machine, split.cp, split.tp)
     kv = 2 * 2 * tokens * split.cp * share.kv_heads * share.head_size
     context = curves.gather(machine, ring, kv)
-    return forward + context, forward + 2 * context
+    return forward + context, back + 2 * context
 
 
 def _head(scene: Scene, share: work.Share, tokens: Floats) -> Floats:
@@ -195,7 +197,7 @@ def _parameters(scene: Scene) -> Floats:
     """Parameters of the fullest rank, before data-parallel ranks share them."""
     blocks, split = scene.blocks, scene.split
     share = work.busiest(blocks, split.tp)
-    ends = np.where(split.pp == 1, 2 - blocks.tied, 1) * work.table_parameters(share)
+    ends = np.where(split.pp == 1, 2 - blocks.tied, 1) * work.table_parameters(share) + blocks.holds.ends
     return ceil_div(blocks.layers, split.pp) * work.layer_parameters(blocks, share) + ends
 
 

@@ -82,12 +82,9 @@ def products(share: Share, tokens: Floats) -> tuple[Product, ...]:
 
 def layer_parameters(blocks: Blocks, share: Share) -> Floats:
     """Parameters a rank holds of one layer, norms and biases included."""
-    heads = (share.heads + 2 * share.kv_heads) * share.head_size
-    wide = (1 + share.gated) * share.feed_forward
-    small = 2 * share.hidden + 2 * blocks.qk_norm * share.head_size
-    biases = blocks.qkv_bias * heads + blocks.out_bias * share.hidden + blocks.mlp_bias * (wide + share.hidden)
-    inner = share.heads * share.head_size
-    return share.hidden * (heads + inner + wide + share.feed_forward) + small + biases
+    held = blocks.holds
+    cut = held.per_head * share.heads + held.per_kv_head * share.kv_heads + held.per_feature * share.feed_forward
+    return held.whole + cut
 
 
 def table_parameters(share: Share) -> Floats:
@@ -112,10 +109,13 @@ def operations(product: Product) -> Floats:
     return 2 * m * n * k
 
 
-def pairs(sequence: Floats, window: Floats) -> Floats:
-    """Query-key pairs that one head of one causal sequence sees, half of its square, or of a window."""
-    seen: Floats = np.where(window > 0, np.minimum(window, sequence), sequence)
-    return sequence * seen - seen * seen / 2
+def pairs(blocks: Blocks, sequence: Floats) -> Floats:
+    """Query-key pairs that a head of one causal sequence sees, in the mean of the layers: half its square, or less
+    where a layer has a window.
+    """
+    seen: Floats = np.where(blocks.window > 0, np.minimum(blocks.window, sequence), sequence)
+    windowed, whole = sequence * seen - seen * seen / 2, sequence * sequence / 2
+    return blocks.windowed * windowed + (1 - blocks.windowed) * whole
 
 
 def attention_operations(sequence: Floats, held: Floats, heads: Floats, head_size: Floats) -> Floats:
@@ -123,21 +123,27 @@ def attention_operations(sequence: Floats, held: Floats, heads: Floats, head_siz
     return 4 * sequence * held * heads * head_size
 
 
-def elementwise(share: Share, tokens: Floats, sharded: Floats) -> tuple[Floats, Floats]:
+def elementwise(blocks: Blocks, share: Share, tokens: Floats, sharded: Floats) -> tuple[Floats, Floats]:
     """Bytes of bf16 that the fused elementwise kernels of a layer move forward and backward.
 
-    Forward: two norms (read, write), two residual additions (two reads, a write), the activation (its inputs read, its
-    output written), the rotation of q and k. Backward: norms read two and write one, the additions read and write, the
-    activation reads gradient and inputs and writes the inputs' gradients. sharded: ranks that share norms and additions
-    (sequence parallelism).
+    Forward: norms (read, write), two residual additions (two reads, a write), the activation (its inputs read, its
+    output written), norms on heads and the rotation of q and k. Backward: norms read two and write one, the additions
+    read and write, the activation reads gradient and inputs and writes the inputs' gradients. sharded: ranks that share
+    norms and additions (sequence parallelism).
     """
     whole, wide = tokens * share.hidden / sharded, tokens * share.feed_forward
-    turned = 2 * tokens * (share.heads + share.kv_heads) * share.head_size * share.gated
-    forward = 10 * whole + (2 + share.gated) * wide + turned
-    back = 10 * whole + (3 + 2 * share.gated) * wide + turned
-    return 2 * forward, 2 * back
+    heads = tokens * (share.heads + share.kv_heads) * share.head_size
+    forward = (2 * blocks.norms + 6) * whole + (2 + share.gated) * wide
+    back = (3 * blocks.norms + 4) * whole + (3 + 2 * share.gated) * wide
+    turned = 2 * blocks.turned * heads
+    return 2 * (forward + turned + 2 * blocks.head_norms * heads), 2 * (back + turned + 3 * blocks.head_norms * heads)
 
 
 def activation_bytes(share: Share, tokens: Floats) -> Floats:
-    """What each of a layer's collectives moves: T x H in bf16."""
+    """What each of a layer's sums moves: T x H in bf16."""
     return 2 * tokens * share.hidden
+
+
+def norm_bytes(tokens: Floats) -> Floats:
+    """What the sum of a norm over all heads moves: a float32 for q and one for k of each token."""
+    return 8 * tokens
