@@ -13,8 +13,20 @@ from typer.testing import CliRunner
 from shardwright.cli import measure
 from shardwright.cli.main import app
 from shardwright.errors import FileError
+from shardwright.plan import work
+from shardwright.plan.blocks import built_in
+from shardwright.plan.memory import stage_parameters
 
-ROW = {"rank": 0, "bandwidth": 15e9, "gemm": 1e11, "small_s": 1e-5, "paced_s": 1e-5, "large_s": 1e-3}
+ROW = {
+    "rank": 0,
+    "bandwidth": 15e9,
+    "gemm": 1e11,
+    "small_s": 1e-5,
+    "piece_s": 2e-4,
+    "paced_s": 2.1e-4,
+    "large_s": 1e-3,
+    "dealt_s": 4e-2,
+}
 
 
 @pytest.fixture
@@ -59,6 +71,27 @@ def test_tp_auto_runs_what_was_planned_and_says_how_it_went(cache: Path) -> None
     command = [sys.executable, "-m", "shardwright", "generate", "--tp", "auto", "--max-tokens", "4", "--raw", "Hello"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
     assert re.search(r"tp auto chose 2: predicted \d+\.\d tokens/s, measured \d+\.\d", done.stderr)
+
+
+def test_bytes_of_weights_are_what_ranks_report() -> None:
+    """Of the embedded model on three ranks, in float32: the planner's parameters of each rank's share, exactly."""
+    command = [
+        sys.executable,
+        "-m",
+        "shardwright",
+        "generate",
+        "--tp",
+        "3",
+        "--max-tokens",
+        "1",
+        "--raw",
+        "--json",
+        "A",
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=240)
+    blocks = built_in("smollm2-135m")[1]
+    planned = stage_parameters(blocks, work.busiest(blocks, 3), 1, 0)[0]
+    assert 4 * planned == max(rank["weight_bytes"] for rank in json.loads(done.stdout)["ranks"])
 
 
 def test_it_measures_and_keeps(tmp_path: Path) -> None:

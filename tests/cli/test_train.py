@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,36 @@ def test_a_dry_run_and_the_schema_train_nothing(home: Path) -> None:
     schema = json.loads(shardwright("train", "--schema", home=home).stdout)
     assert schema["additionalProperties"] is False
     assert not (home / "run").exists()
+
+
+ROW = {"bandwidth": 15e9, "gemm": 1e11, "small_s": 1e-5, "piece_s": 2e-4, "paced_s": 2.1e-4, "large_s": 1e-3}
+
+
+def test_tp_auto_trains_as_planned_and_says_how_it_went(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache says that a second core is as fast as the first and that sums cost little."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    cores = len(os.sched_getaffinity(0))
+    rows = {str(n): [{**ROW, "dealt_s": 4e-2, "rank": rank} for rank in range(n)] for n in sorted({1, 2, cores})}
+    (home / "cache" / "shardwright").mkdir(parents=True)
+    said = json.dumps({"cores": cores, "memory": 16 << 30, "ranks": rows})
+    (home / "cache" / "shardwright" / "machine.json").write_text(said)
+    planned = json.loads(shardwright("train", "recipe.toml", "--tp", "auto", "--dry-run", "--json", home=home).stdout)
+    done = shardwright("train", "recipe.toml", "--tp", "auto", home=home)
+    assert done.returncode == 0, done.stderr
+    form = r"tp auto chose tp (\d) dp (\d): predicted \d+ tokens/s, measured \d+ \([+-]\d+%\); predicted at .*"
+    told = re.fullmatch(form, done.stderr.splitlines()[-1])
+    assert told is not None, done.stderr
+    assert int(told[1]) * int(told[2]) == len(planned["ranks"]) > 1
+    assert planned["predicted_activations"] > 0
+
+
+def test_tp_overrides_the_recipe(home: Path) -> None:
+    done = shardwright("train", "recipe.toml", "--tp", 2, "--dry-run", "--json", home=home)
+    assert len(json.loads(done.stdout)["ranks"]) == 2
+    for wrong, said in (("some", "it is a number of ranks, or auto"), (0, "parallel.tensor=0")):
+        done = shardwright("train", "recipe.toml", "--tp", wrong, "--dry-run", home=home)
+        assert done.returncode == 2
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize(("old", "new", "code", "message"), [

@@ -15,7 +15,16 @@ SMOLLM = built_in("smollm2-135m")[1]
 def said(*bandwidths: tuple[float, ...]) -> dict[str, Any]:
     rows = {
         str(len(group)): [
-            {"rank": at, "bandwidth": speed, "gemm": 1e11, "small_s": 1e-5, "paced_s": 1e-5, "large_s": 1e-3}
+            {
+                "rank": at,
+                "bandwidth": speed,
+                "gemm": 1e11,
+                "small_s": 1e-5,
+                "piece_s": 2e-4,
+                "paced_s": 2.1e-4,
+                "large_s": 1e-3,
+                "dealt_s": 4e-2,
+            }
             for at, speed in enumerate(group)
         ]
         for group in bandwidths

@@ -89,7 +89,7 @@ def passes(config: ModelConfig, rank: int, tp: int) -> tuple[Done, Done]:
 
 def sums(blocks: Blocks, share: work.Share, each: float) -> Counter[tuple[str, int]]:
     """The all-reduces of all layers, `each` of T x H in a layer, and the one of T x H at an end."""
-    whole, normed = 2 * work.activation_bytes(share, LENGTH), work.norm_bytes(LENGTH)  # float32 here, bf16 there
+    whole, normed = work.activation_bytes(share, LENGTH, 4), work.norm_bytes(LENGTH)
     wide = Counter({("all_reduce", int(whole)): 1 + blocks.layers * each})
     return wide + Counter({("all_reduce", int(normed)): blocks.layers * blocks.norm_sums})
 

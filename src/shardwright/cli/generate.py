@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardwright.cli.options import with_options
+from shardwright.cli.options import ranks_or_auto, with_options
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def generate(options: GenerateOptions) -> None:
     from shardwright.engine.source import ModelSource
     from shardwright.models.embedded import embedded_model
 
-    wanted = _ranks(options.tp)
+    wanted = ranks_or_auto(options.tp)
     check_ranks(1 if wanted is None else wanted)
     if options.dtype not in (None, *DTYPES):
         raise UsageError("dtype", options.dtype, "there is no such weight type", f"use {' or '.join(DTYPES)}")
@@ -83,16 +83,6 @@ def generate(options: GenerateOptions) -> None:
         print(_summary(report, len(generated)), file=sys.stderr)
         if choice:
             print(_compared(choice, report), file=sys.stderr)
-
-
-def _ranks(said: str) -> int | None:
-    """The number of ranks, or None for `auto`."""
-    if said == "auto":
-        return None
-    try:
-        return int(said)
-    except ValueError:
-        raise UsageError("tp", said, "it is a number of ranks, or auto", "try --tp 2") from None
 
 
 def _choice(config: "ModelConfig", prompt: int, options: GenerateOptions) -> "Choice":

@@ -24,6 +24,17 @@ BEYOND = 1
 MOST_COUNTS = 6
 """Numbers of ranks that are measured: all up to there, then powers of two."""
 
+COLUMNS = {
+    "read, GB/s": ("bandwidth", 1e-9),
+    "GFLOP/s": ("gemm", 1e-9),
+    "sum, µs": ("small_s", 1e6),
+    "read, µs": ("piece_s", 1e6),
+    "and sum": ("paced_s", 1e6),
+    "4 MiB, ms": ("large_s", 1e3),
+    "dealt, ms": ("dealt_s", 1e3),
+}
+"""What is shown of a rank: heading, figure and unit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
@@ -123,21 +134,13 @@ def _show(said: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in (
-        "ranks",
-        "rank",
-        "memory, GB/s",
-        "products, GFLOP/s",
-        "2.3 kB, µs",
-        "between work, µs",
-        "4 MiB, ms",
-    ):
+    for heading in ("ranks", "rank", *COLUMNS):
         table.add_column(heading)
-    scale = {"bandwidth": 1e-9, "gemm": 1e-9, "small_s": 1e6, "paced_s": 1e6, "large_s": 1e3}
     for n, rows in said["ranks"].items():
         for row in rows:
-            table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in scale.items()))
+            table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in COLUMNS.values()))
     Console().print(table)
     print(
-        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; all-reduces of 2.3 kB, 4 MiB; kept in {cache_file()}"
+        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; a sum is an all-reduce of 2.3 kB or 4 MiB; 64 MiB "
+        f"are dealt out and gathered again; kept in {cache_file()}"
     )

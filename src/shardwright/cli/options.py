@@ -1,11 +1,26 @@
-"""A command's options as a frozen dataclass: its fields are the command line, and the command takes one argument."""
+"""A command's options as a frozen dataclass: its fields are the command line, and the command takes one argument.
+
+What several commands take is read here, once.
+"""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
+from shardwright.errors import UsageError
+
 T = TypeVar("T")
+
+
+def ranks_or_auto(said: str) -> int | None:
+    """What `--tp` says: a number of ranks, or None for `auto`."""
+    if said == "auto":
+        return None
+    try:
+        return int(said)
+    except ValueError:
+        raise UsageError("tp", said, "it is a number of ranks, or auto", "try --tp 2") from None
 
 
 def with_options(kind: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

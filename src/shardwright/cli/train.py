@@ -5,17 +5,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardwright.cli.options import with_options
+from shardwright.cli.options import ranks_or_auto, with_options
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
     from shardwright.comm.channel import Channel
     from shardwright.comm.group import Group
+    from shardwright.models.config import ModelConfig
     from shardwright.models.decoder import Decoder
+    from shardwright.plan.recipes import TrainingChoice
     from shardwright.text.tokenizer import Tokenizer
     from shardwright.train.dry_run import DryRun
     from shardwright.train.recipe import Recipe
@@ -26,6 +29,13 @@ class TrainOptions:
     """The command line of `train`."""
 
     recipe: Annotated[Path | None, typer.Argument(help="A TOML file; see --schema, and examples/.")] = None
+    tp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|auto",
+            help="In place of the recipe's parallel.tensor; auto: tensor and data as planned for here.",
+        ),
+    ] = None
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print each rank's memory and a step's collectives; train nothing.")
     ] = False
@@ -47,31 +57,70 @@ def train(options: TrainOptions) -> None:
         return
     if options.recipe is None:
         raise UsageError("RECIPE", "(not set)", "there is nothing to train", "pass a TOML file, or --schema")
-    recipe = Recipe.load(options.recipe)
+    recipe, choice = _split(Recipe.load(options.recipe), options.tp)
     check_ranks(recipe.ranks)
     if options.dry_run:
-        _show(_planned(recipe), as_json=options.as_json)
+        _show_dry_run(recipe, as_json=options.as_json)
         return
-    last = _run(recipe, quiet=options.as_json)
+    last, speeds = _run(recipe, quiet=options.as_json)
     if options.as_json:
+        last |= (
+            {"predicted_tokens_per_s": {_named(*pair): s for pair, s in choice.tokens_per_s.items()}} if choice else {}
+        )
         print(json.dumps(last, ensure_ascii=False))
+    elif choice:
+        print(_compared(choice, speeds), file=sys.stderr)
 
 
-def _run(recipe: "Recipe", *, quiet: bool) -> dict[str, Any]:
-    """Fork the ranks, which train by themselves; what rank 0 tells is printed. The last figures."""
+def _split(recipe: "Recipe", tp: str | None) -> "tuple[Recipe, TrainingChoice | None]":
+    """The recipe with the ranks that the command line asks for, and how they were chosen where it leaves that open."""
+    if tp is None:
+        return recipe, None
+    wanted, choice = ranks_or_auto(tp), None
+    split = {"tensor": wanted}
+    if wanted is None:
+        from shardwright.cli.measure import measured_machine
+        from shardwright.plan.recipes import fastest_training, job_of
+
+        choice = fastest_training(job_of(recipe, _config(recipe)), measured_machine())
+        split = {"tensor": choice.tensor, "data": choice.data}
+    values = recipe.model_dump()
+    return type(recipe).of({**values, "parallel": {**values["parallel"], **split}}), choice
+
+
+def _compared(choice: "TrainingChoice", speeds: list[float]) -> str:
+    """What was predicted beside what the progress lines said, the first one left out where there are others."""
+    pair = choice.tensor, choice.data
+    predicted = choice.tokens_per_s[pair]
+    others = ", ".join(f"{_named(*other)} {s:.0f}" for other, s in choice.tokens_per_s.items() if other != pair)
+    said = f"tp auto chose {_named(*pair)}: predicted {predicted:.0f} tokens/s"
+    if speeds:
+        measured = median(speeds[1:] or speeds)
+        said += f", measured {measured:.0f} ({measured / predicted - 1:+.0%})"
+    return f"{said}; predicted at {others}"
+
+
+def _named(tensor: int, data: int) -> str:
+    return f"tp {tensor} dp {data}"
+
+
+def _run(recipe: "Recipe", *, quiet: bool) -> tuple[dict[str, Any], list[float]]:
+    """Fork the ranks, which train by themselves; what rank 0 tells is printed. The last figures, and all speeds."""
     from shardwright.comm.job import Job
     from shardwright.train.origin import origin_of
 
     if recipe.model.path is not None:
         origin_of(recipe)  # a damaged or missing model is said before torch is loaded
     last: dict[str, Any] = {}
+    speeds: list[float] = []
     with Job(recipe.ranks, _rank(recipe)) as job:
         while (event := job.receive()) is not None:
             event.pop("rank")
             last.update({} if "sample" in event else event)
+            speeds += [event["tokens_per_s"]] if "tokens_per_s" in event else []
             if not quiet:
                 print(_line(event, recipe.train.steps), flush=True, file=sys.stderr if "warning" in event else None)
-    return last
+    return last, speeds
 
 
 def _rank(recipe: "Recipe") -> "Callable[[Group, Channel], None]":
@@ -121,8 +170,8 @@ def _line(event: dict[str, Any], steps: int) -> str:
     )
 
 
-def _planned(recipe: "Recipe") -> "DryRun":
-    from shardwright.train.dry_run import dry_run
+def _config(recipe: "Recipe") -> "ModelConfig":
+    """Of the model that a recipe names, without weights and data."""
     from shardwright.train.origin import model_path, model_tokenizer, origin_of
 
     wanted = recipe.data.tokenizer
@@ -132,13 +181,25 @@ def _planned(recipe: "Recipe") -> "DryRun":
         words = None
     else:
         words = model_tokenizer(model_path(recipe) if wanted == "model" else recipe.place(wanted)).vocabulary
-    return dry_run(recipe, origin_of(recipe, words).config)
+    return origin_of(recipe, words).config
 
 
-def _show(found: "DryRun", *, as_json: bool) -> None:
+def _show_dry_run(recipe: "Recipe", *, as_json: bool) -> None:
+    """What ranks would hold and move; activations as planned, since nothing is run that would keep them."""
+    from shardwright.plan.memory import held
+    from shardwright.plan.recipes import job_of
+    from shardwright.train.dry_run import dry_run
+
+    config = _config(recipe)
+    found, planned = dry_run(recipe, config), held(job_of(recipe, config), 0)
+    activations = int(planned.activations + planned.logits)
     if as_json:
-        print(json.dumps(found.as_dict()))
-        return
+        print(json.dumps(found.as_dict() | {"predicted_activations": activations}))
+    else:
+        _show(found, activations)
+
+
+def _show(found: "DryRun", activations: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -155,4 +216,5 @@ def _show(found: "DryRun", *, as_json: bool) -> None:
         traffic.add_row(f"{row.axis} ranks", row.op, f"{row.calls:,}", f"{row.bytes / 1e6:,.1f}")
     console = Console()
     console.print(memory)
+    console.print(f"activations, predicted: {activations / 1e9:,.3f} GB on the fullest rank", highlight=False)
     console.print(traffic)

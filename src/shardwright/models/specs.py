@@ -24,6 +24,9 @@ NORMS_OF: Mapping[Block, tuple[str, ...]] = {
 }
 """The norms of each kind of layer, by name."""
 
+SIDE_BY_SIDE: frozenset[Block] = frozenset({"parallel", "parallel_shared"})
+"""The kinds of layer in which attention and MLP are one block of the residual stream, not two."""
+
 SUMS_OF: Mapping[Block, tuple[int, int]] = {
     "pre": (2, 2),
     "post": (2, 2),

@@ -28,9 +28,12 @@ class Blocks:
 
     gated: 1 where the feed-forward has a gate beside its up projection · tied: 1 where the embedding is the head ·
     window: tokens a token sees in the layers that have a window, 0 for none; windowed: their share of the layers ·
-    norms: of H features, a layer · head_norms: 1 where heads of q and k are normed · turned: share of a head's dims
-    that rotary embedding turns · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums:
-    those of T x 2, either way.
+    parts: blocks of the residual stream in a layer · norms: of H features, a layer; behind: those of them behind a
+    block · head_norms: 1 where heads of q and k are normed · turned: share of a head's dims that rotary embedding turns
+    · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums: those of T x 2, either way.
+
+    What single operations keep for the backward: norm_kept: numbers for each one of a norm's output · head_kept: of
+    norms on heads, the same · activation_kept: 0 where the activation's output is enough for its gradient.
     """
 
     layers: Floats
@@ -44,7 +47,12 @@ class Blocks:
     tied: Floats
     window: Floats
     windowed: Floats = 1
+    parts: Floats = 2
     norms: Floats = 2
+    behind: Floats = 0
+    norm_kept: Floats = 1
+    head_kept: Floats = 1
+    activation_kept: Floats = 1
     head_norms: Floats = 0
     turned: Floats = 1
     sums: Floats = 2

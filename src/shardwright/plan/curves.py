@@ -25,7 +25,8 @@ class Machine:
     which half is reached, ported: share of it left to kernels of an earlier generation · sustained: clock of a run of
     hours over that of a benchmark · wire, net: share of the link's rate that collectives reach inside and across nodes
     · latency, hop: seconds of a collective and of each further rank in it · root: its slow start, seconds per square
-    root of a byte.
+    root of a byte · scatter: share of an all-reduce's rate that gathers and scatters reach · crowd, balance: what ranks
+    that share cores wait for each other at a sum (`queued`).
     """
 
     memory: Floats
@@ -59,6 +60,9 @@ class Machine:
     latency: Floats
     hop: Floats
     root: Floats
+    scatter: Floats
+    crowd: Floats
+    balance: Floats
 
 
 def product(machine: Machine, m: Floats, n: Floats, k: Floats, fp8: Floats | float = 0.0, casts: int = 1) -> Floats:
@@ -115,7 +119,7 @@ def gather(machine: Machine, wired: Links, nbytes: Floats) -> Floats:
     """Seconds of an all-gather to, or a reduce-scatter of, so many bytes: (R − 1) / R of them pass each link."""
     share = (wired.ranks - 1) / wired.ranks * nbytes
     latency = machine.latency + machine.hop * (wired.ranks - 1) + machine.root * np.sqrt(share)
-    return np.where(wired.ranks > 1, latency + share / wired.rate, 0.0)
+    return np.where(wired.ranks > 1, latency + share / (wired.rate * machine.scatter), 0.0)
 
 
 def all_reduce(machine: Machine, wired: Links, nbytes: Floats) -> Floats:
@@ -123,6 +127,16 @@ def all_reduce(machine: Machine, wired: Links, nbytes: Floats) -> Floats:
     share = 2 * (wired.ranks - 1) / wired.ranks * nbytes
     latency = machine.latency + 2 * machine.hop * (wired.ranks - 1) + machine.root * np.sqrt(share)
     return np.where(wired.ranks > 1, latency + share / wired.rate, 0.0)
+
+
+def queued(machine: Machine, busy: Floats) -> Floats:
+    """Seconds a sum waits for ranks that have yet to get a core, after `busy` seconds of work at a fair share of one.
+
+    R ranks on C cores at a fair share take R / C seconds for a second of a core's work. At a sum, those that had a core
+    at once wait for the others, which run after them, ceil(R / C) in all: crowd = ceil(R / C) / (R / C) - 1. Where that
+    takes longer than `balance`, the system has moved a waiting rank to the idle core by then.
+    """
+    return np.minimum(machine.crowd * busy, machine.balance)
 
 
 def letter(machine: Machine, nbytes: Floats, across: Floats) -> Floats:

@@ -10,13 +10,14 @@ from shardwright.layout.partition import Partition
 from shardwright.layout.spec import Specs
 from shardwright.models.config import ModelConfig
 from shardwright.models.families import by_name
-from shardwright.models.specs import NORMS_OF, SUMS_OF, Cuts, model_specs
+from shardwright.models.specs import NORMS_OF, SIDE_BY_SIDE, SUMS_OF, Cuts, model_specs
 from shardwright.plan.blocks import Blocks, Holds
 
 
 def of_config(config: ModelConfig) -> Blocks:
     """The sizes of a model this package can run; what its ranks hold is read off the table they load by."""
     sums, sums_back = SUMS_OF[config.block]
+    norms, normed = NORMS_OF[config.block], 2 if config.norm == "rms_plus_one" else 1
     return Blocks(
         layers=config.layers,
         hidden=config.hidden,
@@ -29,7 +30,12 @@ def of_config(config: ModelConfig) -> Blocks:
         tied=int(config.tied),
         window=max(config.windows, default=0),
         windowed=sum(window > 0 for window in config.windows) / config.layers if config.windows else 1,
-        norms=len(NORMS_OF[config.block]),
+        parts=1 if config.block in SIDE_BY_SIDE else 2,
+        norms=len(norms),
+        behind=sum(name.endswith("_post_norm") for name in norms),
+        norm_kept=normed,
+        head_kept=2 if config.wide_qk_norm else normed,
+        activation_kept=int(config.activation != "relu"),
         head_norms=int(config.qk_norm or config.wide_qk_norm),
         turned=config.turned / config.head_size,
         sums=sums,

@@ -5,6 +5,7 @@ Decides how figures become curve constants. Measures nothing (`profile.machine` 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from shardwright.errors import UsageError
@@ -16,8 +17,8 @@ from shardwright.plan.serving import Load, Stage, server, service
 ALIKE = 0.15
 """Ranks whose speeds differ by less are planned as equal: a rerun differs by as much."""
 
-LARGE_BYTES = 4 << 20
-"""Of the large all-reduce that is measured."""
+LARGE_BYTES, DEALT_BYTES = 4 << 20, 64 << 20
+"""Of the large all-reduce that is measured, and of what is scattered and gathered."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Measured:
 
 
 def _least(row: Mapping[str, float]) -> float:
-    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "paced_s", "large_s"))
+    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "piece_s", "paced_s", "large_s", "dealt_s"))
 
 
 def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
@@ -56,19 +57,36 @@ def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
     if ranks not in measured.ranks:
         known = ", ".join(map(str, sorted(measured.ranks)))
         raise UsageError("tp", ranks, f"this machine was measured with {known} ranks", "choose one of these")
-    rows = measured.ranks[ranks]
+    rows = _fair(measured, ranks)
     speeds = [row["bandwidth"] for row in rows]
     if min(speeds) > (1 - ALIKE) * max(speeds):
         rows = [{k: (max if k.endswith("_s") else min)(row[k] for row in rows) for k in rows[0]}] * ranks
     return tuple(_machine(measured, ranks, row) for row in rows)
 
 
+def _fair(measured: Measured, ranks: int) -> Sequence[Mapping[str, float]]:
+    """The figures of so many ranks. Beyond the cores a rank has a fair share of the slowest core, whatever it had for
+    the moment in which it was measured.
+    """
+    rows = measured.ranks[ranks]
+    if ranks <= measured.cores or measured.cores not in measured.ranks:
+        return rows
+    each, full = ranks / measured.cores, measured.ranks[measured.cores]
+    rates = {name: min(row[name] for row in full) / each for name in ("bandwidth", "gemm")}
+    return [{**row, **rates, "piece_s": each * max(other["piece_s"] for other in full)} for row in rows]
+
+
 def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machine:
-    """Latency is that of a small all-reduce between work; the links' rate is what the large one takes beyond that."""
-    share = 2 * (ranks - 1) / ranks
-    latency = row["paced_s"] if ranks > 1 else 0.0
+    """Latency is what a small all-reduce between work takes beyond the work and the waiting for a core, which grows
+    with the work; the links' rate is what the large one takes beyond a small one.
+    """
+    share, each = 2 * (ranks - 1) / ranks, max(ranks / measured.cores, 1.0)
+    crowd, constants = ceil(each) / each - 1, curve_constants("cpu")
+    waited = row["piece_s"] + min(crowd * row["piece_s"], constants["balance"])
+    latency = max(row["small_s"], row["paced_s"] - waited)
     rate = share * LARGE_BYTES / max(row["large_s"] - row["small_s"], 1e-9) if ranks > 1 else 1e12
-    constants = curve_constants("cpu") | {"latency": latency}
+    dealt = share * DEALT_BYTES / row["dealt_s"] if ranks > 1 else rate
+    constants |= {"latency": latency if ranks > 1 else 0.0, "crowd": crowd, "scatter": dealt / rate}
     return Machine(
         memory=measured.memory / ranks,
         bandwidth=row["bandwidth"],
@@ -99,8 +117,13 @@ def fastest_decode(blocks: Blocks, measured: Measured, prompt: int, output: int)
     """The tensor parallelism that decodes one request fastest here, of all that were measured."""
     speeds = {}
     for tp in sorted(measured.ranks):
-        slowest = min(machines(measured, tp), key=lambda machine: machine.bandwidth)
+        machine = slowest(measured, tp)
         load = Load(input=float(prompt), output=float(output), batch=1.0, fp8=0.0)
-        stage = Stage(blocks=blocks, machine=slowest, server=server("shardwright"), tp=float(tp), pp=1.0)
+        stage = Stage(blocks=blocks, machine=machine, server=server("shardwright"), tp=float(tp), pp=1.0)
         speeds[tp] = float(1 / service(stage, load).per_token)
     return Choice(max(speeds, key=lambda tp: speeds[tp]), speeds)
+
+
+def slowest(measured: Measured, ranks: int) -> Machine:
+    """The machine of the slowest of so many ranks, which all wait for."""
+    return min(machines(measured, ranks), key=lambda machine: machine.bandwidth)

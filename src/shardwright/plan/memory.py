@@ -10,7 +10,7 @@ import numpy as np
 from shardwright.plan import work
 from shardwright.plan.blocks import Blocks
 from shardwright.plan.quantities import Floats
-from shardwright.plan.step import Scene, micro_batches
+from shardwright.plan.step import Job, micro_batches
 
 LOGIT_BYTES = 12
 """Of one logit while the loss is taken: bf16, its float32 copy, and a gradient of each."""
@@ -37,17 +37,17 @@ class Memory:
         return sum(self.__dict__.values())
 
 
-def held(scene: Scene, stage: Floats) -> Memory:
+def held(job: Job, stage: Floats) -> Memory:
     """What a rank of that pipeline stage holds, 0 the first."""
-    split, software = scene.split, scene.software
-    share = work.busiest(scene.blocks, split.tp)
-    parameters, layers = stage_parameters(scene.blocks, share, split.pp, stage)
+    split, software = job.split, job.software
+    share = work.busiest(job.blocks, split.tp)
+    parameters, layers = stage_parameters(job.blocks, share, split.pp, stage)
     everyone = split.dp * split.cp
     of_weights = np.where(split.zero >= 3, everyone, 1)
     of_gradients = np.where(split.zero >= 2, everyone, 1)
     of_optimiser = np.where(split.zero >= 1, everyone, 1)
-    tokens = split.micro_batch * scene.training.sequence / split.cp
-    activations = _activations(scene, share, tokens, layers, stage)
+    tokens = split.micro_batch * job.training.sequence / split.cp
+    activations = _activations(job, share, tokens, layers, stage)
     last = stage == split.pp - 1
     return Memory(
         weights=software.weight_bytes * parameters / of_weights,
@@ -55,14 +55,14 @@ def held(scene: Scene, stage: Floats) -> Memory:
         optimiser=software.optimiser_bytes * parameters / of_optimiser,
         activations=activations,
         logits=np.where(last, LOGIT_BYTES * tokens * share.vocabulary, 0.0),
-        buffers=software.reserved + _gathered(scene),
+        buffers=software.reserved + _gathered(job),
         slack=software.slack * activations,
     )
 
 
-def worst(scene: Scene) -> Memory:
+def worst(job: Job) -> Memory:
     """The fullest stage's: the first holds most activations, the last the logits."""
-    first, last = held(scene, 0 * scene.split.pp), held(scene, scene.split.pp - 1)
+    first, last = held(job, 0 * job.split.pp), held(job, job.split.pp - 1)
     fuller = last.total > first.total
     return Memory(**{kind: np.where(fuller, last.__dict__[kind], first.__dict__[kind]) for kind in first.__dict__})
 
@@ -81,36 +81,46 @@ def stage_parameters(blocks: Blocks, share: work.Share, pp: Floats, stage: Float
     return layers * work.layer_parameters(blocks, share) + ends_held, layers
 
 
-def layer_activations(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats, Floats]:
-    """Bytes a layer keeps for its backward: in all, of them its input, and of them the scores of unfused attention."""
-    split, dropout = scene.split, scene.software.dropout
+def layer_activations(job: Job, share: work.Share, fused: Floats) -> tuple[Floats, Floats, Floats]:
+    """Bytes a layer keeps of a token for its backward: in all, where all is computed again, and unfused scores.
+
+    Of H features: what enters each block, and what enters or leaves each norm. fused: see `Software`.
+    """
+    split, software, blocks, width = job.split, job.software, job.blocks, job.software.activation_bytes
     sharded = np.where(split.sp > 0, split.tp, 1)
-    whole = (8 + 2 * dropout) * share.hidden / sharded
-    inner = 2 * (2 * share.heads + 2 * share.kv_heads) * share.head_size
-    wide = 2 * (2 + share.gated) * share.feed_forward
-    scores = np.where(scene.training.flash > 0, 0.0, SCORE_BYTES * share.heads * scene.training.sequence)
-    return tokens * (whole + inner + wide + scores), tokens * 2 * share.hidden / sharded, tokens * scores
+    whole = (width * (blocks.parts + blocks.norms * blocks.norm_kept) + 2 * software.dropout) * share.hidden / sharded
+    qkv, qk = share.heads + 2 * share.kv_heads, share.heads + share.kv_heads
+    normed = blocks.head_norms * (qkv + (blocks.head_kept - 1) * qk)
+    viewed = 2 * share.kv_heads * (blocks.turned == 0) * (blocks.head_norms == 0)  # q lies in what the product gave
+    heads = np.where(fused > 0, qkv + share.heads, 5 * share.heads + normed + viewed)
+    wide = np.where(fused > 0, 2 + share.gated, 1 + blocks.activation_kept + 2 * share.gated) * share.feed_forward
+    scores = np.where(job.training.flash > 0, 0.0, SCORE_BYTES * share.heads * job.training.sequence)
+    begun = np.where(software.blockwise > 0, blocks.parts + blocks.behind * blocks.norm_kept, 1)
+    entries = begun * width * share.hidden / sharded
+    return whole + width * (heads * share.head_size + wide) + scores, entries, scores
 
 
-def _activations(scene: Scene, share: work.Share, tokens: Floats, layers: Floats, stage: Floats) -> Floats:
-    split = scene.split
-    kept, entry, scores = layer_activations(scene, share, tokens)
-    selective = np.where(scene.training.flash > 0, kept * scene.software.kept, kept - scores)
-    one = np.where(split.recompute == 2, entry, np.where(split.recompute == 1, selective, kept))
+def _activations(job: Job, share: work.Share, tokens: Floats, layers: Floats, stage: Floats) -> Floats:
+    split, software = job.split, job.software
+    kept, entries, _ = layer_activations(job, share, software.fused)
+    cores, _, scores = layer_activations(job, share, 1)  # what lies between products, and no more
+    by_software = (software.fused > 0) & (job.training.flash > 0)
+    selective = np.where(by_software, kept * software.kept, cores - scores)
+    one = np.where(split.recompute == 2, entries, np.where(split.recompute == 1, selective, kept))
     working = np.where(split.recompute > 0, kept, 0.0)  # the layer that is being computed again
-    return in_flight(scene, stage) * layers * one + working
+    return tokens * (in_flight(job, stage) * layers * one + working)
 
 
-def in_flight(scene: Scene, stage: Floats) -> Floats:
+def in_flight(job: Job, stage: Floats) -> Floats:
     """Micro-batches whose activations a stage holds at once: 1F1B, or interleaved (Narayanan et al. 2021)."""
-    split = scene.split
-    rounds = micro_batches(scene)
+    split = job.split
+    rounds = micro_batches(job)
     plain = np.minimum(split.pp - stage, rounds)
     chunks = 2 * (split.pp - 1 - stage) + (split.vpp - 1) * split.pp + 1
     return np.where(split.vpp > 1, np.minimum(chunks / split.vpp, rounds), plain)
 
 
-def _gathered(scene: Scene) -> Floats:
+def _gathered(job: Job) -> Floats:
     """ZeRO-3 holds two layers' weights and one's gradients whole, while one is used and the next arrives."""
-    layer = work.layer_parameters(scene.blocks, work.busiest(scene.blocks, scene.split.tp))
-    return np.where(scene.split.zero >= 3, 2 * (2 + 1) * layer, 0.0)
+    layer = work.layer_parameters(job.blocks, work.busiest(job.blocks, job.split.tp))
+    return np.where(job.split.zero >= 3, 2 * (2 + 1) * layer, 0.0)

@@ -95,9 +95,11 @@ def _decode(stage: Stage, load: Load) -> tuple[Floats, Floats]:
     held = load.input + load.output / 2
     cache = 2 * machine.width * rows * held * share.kv_heads * share.head_size
     seconds = seconds + curves.moved(machine, cache)
-    spoken = _sums(stage, share, rows)
+    spoken = _sums(stage, share, rows, seconds)
     head = curves.product(machine, *work.head_product(share, rows))
-    letters = (pp - 1) * curves.letter(machine, _activations(machine, share, rows), pp * tp > machine.per_node)
+    letters = (pp - 1) * curves.letter(
+        machine, work.activation_bytes(share, rows, machine.width), pp * tp > machine.per_node
+    )
     return blocks.layers * (seconds + spoken) + head + letters + server.step, blocks.layers * spoken + letters
 
 
@@ -110,19 +112,16 @@ def _prefill(stage: Stage, load: Load) -> Floats:
         seconds = seconds + curves.product(machine, *product, load.fp8)
     seen = share.heads * work.pairs(blocks, tokens)
     seconds = seconds + curves.attention(machine, seen, tokens, share.heads, share.head_size)
-    seconds = seconds + curves.moved(machine, work.elementwise(blocks, share, tokens, 1 + 0 * tp)[0])
-    spoken = _sums(stage, share, tokens)
+    seconds = seconds + curves.moved(machine, work.elementwise(blocks, share, tokens, 1 + 0 * tp, machine.width)[0])
+    spoken = _sums(stage, share, tokens, seconds)
     return blocks.layers * (seconds + spoken) + curves.product(machine, *work.head_product(share, 1 + 0 * tokens))
 
 
-def _sums(stage: Stage, share: work.Share, tokens: Floats) -> Floats:
-    """Seconds of a layer's all-reduces forward."""
-    wired = curves.links(stage.machine, stage.tp, np.ones_like(stage.tp))
-    summed = curves.all_reduce(stage.machine, wired, _activations(stage.machine, share, tokens))
-    of_norms = curves.all_reduce(stage.machine, wired, work.norm_bytes(tokens))
-    return stage.blocks.sums * summed + stage.blocks.norm_sums * of_norms
-
-
-def _activations(machine: Machine, share: work.Share, tokens: Floats) -> Floats:
-    """Bytes of T x H in the machine's own format."""
-    return machine.width * tokens * share.hidden
+def _sums(stage: Stage, share: work.Share, tokens: Floats, busy: Floats) -> Floats:
+    """Seconds of a layer's all-reduces forward, and of waiting in them after `busy` seconds of work."""
+    machine, blocks = stage.machine, stage.blocks
+    wired = curves.links(machine, stage.tp, np.ones_like(stage.tp))
+    summed = curves.all_reduce(machine, wired, work.activation_bytes(share, tokens, machine.width))
+    queued = np.where(stage.tp > 1, curves.queued(machine, busy / blocks.sums), 0.0)
+    of_norms = curves.all_reduce(machine, wired, work.norm_bytes(tokens))
+    return blocks.sums * (summed + queued) + blocks.norm_sums * of_norms

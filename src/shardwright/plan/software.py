@@ -15,11 +15,16 @@ class Software:
     host: seconds the host needs to launch one layer forward (and again backward) · straggle: by how much more, for each
     doubling of TP, since ranks wait for each other · step: seconds of a step that no rank shares · *_overlap: share of
     that communication hidden behind work · elementwise: bytes that elementwise kernels move over those of fused ones ·
-    flash: speed of its fused attention over the curve's · native: 1 where those kernels are of the device's generation
-    · softmax: bytes an unfused attention moves per score, forward (and again backward) · selective: share of a layer's
-    forward that selective recomputation repeats · kept: share of a layer's activations that it keeps · gradient_bytes:
-    of one gradient when data-parallel ranks sum · weight_, held_gradient_, optimiser_bytes: what a rank keeps for each
-    parameter · reserved: bytes of context and communication buffers · slack: share of the activations that the
+    fused: 1 where attention keeps q, k, v and its output, and a gated activation its inputs and its output, for the
+    backward; 0 where torch's single operations do, and KV heads once for each query head · blockwise: 1 where full
+    recomputation starts anew at each block of the residual stream, not at each layer · flash: speed of its fused
+    attention over the curve's · native: 1 where those kernels are of the device's generation · softmax: bytes an
+    unfused attention moves per score, forward (and again backward) · selective: share of a layer's forward that
+    selective recomputation repeats · kept: share of a layer's activations that it keeps · gradient_bytes: of one
+    gradient when data-parallel ranks sum · update: bytes that updating a parameter reads and writes, on the rank that
+    owns it; gradient_passes: those of each gradient beside, once a step, and accumulation, each micro-batch · weight_,
+    held_gradient_, optimiser_bytes: what a rank keeps for each parameter, activation_bytes: for each number of the
+    activations · reserved: bytes of context and communication buffers · slack: share of the activations that the
     allocator holds beyond them · dropout: 1 where masks are kept · rails: 1 where a ring uses every adapter of a node,
     0 for one · balanced: 1 where context-parallel ranks share the causal triangle evenly.
     """
@@ -32,15 +37,21 @@ class Software:
     fsdp_overlap: Floats
     pp_overlap: Floats
     elementwise: Floats
+    fused: Floats
+    blockwise: Floats
     flash: Floats
     native: Floats
     softmax: Floats
     selective: Floats
     kept: Floats
     gradient_bytes: Floats
+    update: Floats
+    gradient_passes: Floats
+    accumulation: Floats
     weight_bytes: Floats
     held_gradient_bytes: Floats
     optimiser_bytes: Floats
+    activation_bytes: Floats
     reserved: Floats
     slack: Floats
     dropout: Floats

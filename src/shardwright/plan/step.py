@@ -14,23 +14,25 @@ from shardwright.plan.quantities import Floats, ceil_div
 from shardwright.plan.software import Software
 from shardwright.plan.training import Split, Training
 
-OPTIMISER_BYTES = 30
-"""Adam in mixed precision, per parameter: gradient, master, both moments read; master, moments, weight written."""
-
-
 HOST_JOIN = 4
 """How host and device limit a layer together: p of a p-norm, since neither is steady from layer to layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """Everything a step depends on."""
+class Job:
+    """Everything that memory depends on."""
 
     blocks: Blocks
     training: Training
     split: Split
-    machine: Machine
     software: Software
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene(Job):
+    """Everything that a step's time depends on."""
+
+    machine: Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +105,10 @@ def step(scene: Scene) -> Step:
     )
 
 
-def micro_batches(scene: Scene) -> Floats:
+def micro_batches(job: Job) -> Floats:
     """Micro-batches that each data-parallel rank runs in a step; the last may be short."""
-    split = scene.split
-    return np.maximum(np.ceil(scene.training.global_batch / (split.dp * split.micro_batch) - 1e-9), 1)
+    split = job.split
+    return np.maximum(np.ceil(job.training.global_batch / (split.dp * split.micro_batch) - 1e-9), 1)
 
 
 def _recompute(scene: Scene, layer: _Layer) -> tuple[Floats, Floats]:
@@ -130,9 +132,11 @@ def _layer(scene: Scene, share: work.Share, tokens: Floats) -> _Layer:
         of_input, of_weight = work.backward(product)
         back = back + curves.product(machine, *of_input, fp8) + curves.product(machine, *of_weight, fp8, casts=0)
     sharded = np.where(split.sp > 0, split.tp, 1)
-    bytes_forward, bytes_back = work.elementwise(scene.blocks, share, tokens, sharded)
+    bytes_forward, bytes_back = work.elementwise(scene.blocks, share, tokens, sharded, machine.width)
     moved = tuple(curves.moved(machine, software.elementwise * n) for n in (bytes_forward, bytes_back))
-    return _Layer((forward, back), _attention(scene, share, tokens), moved, _tensor_parallel(scene, share, tokens))
+    attention = _attention(scene, share, tokens)
+    busy = (forward + attention[0] + moved[0], back + attention[1] + moved[1])
+    return _Layer((forward, back), attention, moved, _tensor_parallel(scene, share, tokens, busy))
 
 
 def _attention(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
@@ -153,19 +157,24 @@ def _attention(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats,
     )
 
 
-def _tensor_parallel(scene: Scene, share: work.Share, tokens: Floats) -> tuple[Floats, Floats]:
-    """All-reduces where rows are whole; a gather and a scatter for each where they are shared."""
+def _tensor_parallel(
+    scene: Scene, share: work.Share, tokens: Floats, busy: tuple[Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """All-reduces where rows are whole; a gather and a scatter for each where they are shared. busy: between sums."""
     machine, split, blocks = scene.machine, scene.split, scene.blocks
     wired = curves.links(machine, split.tp, np.ones_like(split.tp))
-    nbytes = work.activation_bytes(share, tokens)
+    nbytes = work.activation_bytes(share, tokens, machine.width)
     summed, gathered = curves.all_reduce(machine, wired, nbytes), 2 * curves.gather(machine, wired, nbytes)
     each = np.where(split.sp > 0, gathered, summed)
     of_norms = blocks.norm_sums * curves.all_reduce(machine, wired, work.norm_bytes(tokens))
-    forward, back = blocks.sums * each + of_norms, blocks.sums_back * each + of_norms
+    met = [
+        n * np.where(split.tp > 1, each + curves.queued(machine, seconds / n), 0.0) + of_norms
+        for n, seconds in zip((blocks.sums, blocks.sums_back), busy, strict=True)
+    ]
     ring = curves.links(machine, split.cp, split.tp)
-    kv = 2 * 2 * tokens * split.cp * share.kv_heads * share.head_size
+    kv = 2 * machine.width * tokens * split.cp * share.kv_heads * share.head_size
     context = curves.gather(machine, ring, kv)
-    return forward + context, back + 2 * context
+    return met[0] + context, met[1] + 2 * context
 
 
 def _head(scene: Scene, share: work.Share, tokens: Floats) -> Floats:
@@ -187,7 +196,8 @@ def _stages(scene: Scene, per_layer: Floats, head: Floats) -> tuple[Floats, Floa
 def _letters(scene: Scene, tokens: Floats) -> Floats:
     """Seconds a micro-batch loses to passing activations down and gradients up, for each of its virtual stages."""
     split, machine = scene.split, scene.machine
-    nbytes = work.activation_bytes(work.busiest(scene.blocks, split.tp), tokens) / np.where(split.sp > 0, split.tp, 1)
+    share = work.busiest(scene.blocks, split.tp)
+    nbytes = work.activation_bytes(share, tokens, machine.width) / np.where(split.sp > 0, split.tp, 1)
     across = split.pp * split.tp * split.cp * split.dp > machine.per_node
     each = curves.letter(machine, nbytes, across)
     return np.where(split.pp > 1, 2 * split.vpp * each * (1 - scene.software.pp_overlap), 0.0)
@@ -219,13 +229,15 @@ def _sync(scene: Scene, compute: Floats) -> Floats:
     parameters = _parameters(scene)
     gradients = scene.software.gradient_bytes * parameters
     summed = curves.all_reduce(machine, wired, gradients)
-    shared = curves.gather(machine, wired, gradients) + curves.gather(machine, wired, 2 * parameters)
+    shared = curves.gather(machine, wired, gradients) + curves.gather(machine, wired, machine.width * parameters)
     seconds = np.where(split.zero == 0, summed, shared)
     exposed = seconds - np.minimum(seconds, compute) * scene.software.dp_overlap
     return np.where(split.zero == 3, 0.0, exposed)
 
 
 def _optimiser(scene: Scene) -> Floats:
-    split = scene.split
-    owned = _parameters(scene) / np.where(split.zero > 0, split.dp * split.cp, 1)
-    return curves.moved(scene.machine, OPTIMISER_BYTES * owned)
+    """The update of what a rank owns, and what is done to all gradients it holds, once a step and each micro-batch."""
+    split, software, parameters = scene.split, scene.software, _parameters(scene)
+    owned = parameters / np.where(split.zero > 0, split.dp * split.cp, 1)
+    everywhere = software.gradient_passes + software.accumulation * micro_batches(scene)
+    return curves.moved(scene.machine, software.update * owned + everywhere * parameters)

@@ -123,25 +123,26 @@ def attention_operations(sequence: Floats, held: Floats, heads: Floats, head_siz
     return 4 * sequence * held * heads * head_size
 
 
-def elementwise(blocks: Blocks, share: Share, tokens: Floats, sharded: Floats) -> tuple[Floats, Floats]:
-    """Bytes of bf16 that the fused elementwise kernels of a layer move forward and backward.
+def elementwise(blocks: Blocks, share: Share, tokens: Floats, sharded: Floats, width: Floats) -> tuple[Floats, Floats]:
+    """Bytes that the fused elementwise kernels of a layer move forward and backward.
 
     Forward: norms (read, write), two residual additions (two reads, a write), the activation (its inputs read, its
     output written), norms on heads and the rotation of q and k. Backward: norms read two and write one, the additions
     read and write, the activation reads gradient and inputs and writes the inputs' gradients. sharded: ranks that share
-    norms and additions (sequence parallelism).
+    norms and additions (sequence parallelism) · width: bytes of an element.
     """
     whole, wide = tokens * share.hidden / sharded, tokens * share.feed_forward
     heads = tokens * (share.heads + share.kv_heads) * share.head_size
     forward = (2 * blocks.norms + 6) * whole + (2 + share.gated) * wide
     back = (3 * blocks.norms + 4) * whole + (3 + 2 * share.gated) * wide
     turned = 2 * blocks.turned * heads
-    return 2 * (forward + turned + 2 * blocks.head_norms * heads), 2 * (back + turned + 3 * blocks.head_norms * heads)
+    normed = blocks.head_norms * heads
+    return width * (forward + turned + 2 * normed), width * (back + turned + 3 * normed)
 
 
-def activation_bytes(share: Share, tokens: Floats) -> Floats:
-    """What each of a layer's sums moves: T x H in bf16."""
-    return 2 * tokens * share.hidden
+def activation_bytes(share: Share, tokens: Floats, width: Floats) -> Floats:
+    """What each of a layer's sums moves: T x H of `width` bytes."""
+    return width * tokens * share.hidden
 
 
 def norm_bytes(tokens: Floats) -> Floats:

@@ -6,15 +6,19 @@ they are in use. Knows no model; what a plan makes of the figures is `plan.measu
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from statistics import median
 
 import torch
 
 from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
+from shardwright.layout.partition import Partition
 
-SECONDS = 0.5
-"""For each figure of each number of ranks: long enough that a core's turbo and a neighbour's burst even out."""
+WINDOWS, SECONDS = 7, 0.1
+"""Each figure is the median of so many windows of so long, taken in turn over seconds: a neighbour's burst is left out,
+a core that stays busy is not.
+"""
 
 READ = 512 << 20
 """Bytes of the matrix that all ranks together read: beyond the caches that they share."""
@@ -22,31 +26,33 @@ READ = 512 << 20
 PIECE = 3 << 20
 """Bytes read between two all-reduces that are measured between work: about what a layer's half of a small model is."""
 
+PACED = 150
+"""Pieces of a window."""
+
 SIDE = 512
 """Side of the square product."""
 
-SMALL, LARGE = 576, 1 << 20
-"""Floats of the two all-reduces: a token's activations, and a prompt's."""
+SMALL, LARGE, DEALT = 576, 1 << 20, 1 << 24
+"""Floats of the two all-reduces, a token's activations and a prompt's, and of what is scattered and gathered again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """One rank's: bytes and operations a second in float32, seconds of a small and a large all-reduce.
+    """One rank's: bytes and operations a second in float32, seconds of a small and a large all-reduce, and
+    (dealt_s) of a reduce-scatter and the all-gather of what it gives.
 
-    paced_s: what a small all-reduce adds to the reading before it. Where ranks outnumber cores that is far more than it
-    takes by itself, since a rank that sleeps keeps the others waiting.
+    piece_s: of reading a piece, the others reading theirs · paced_s: of reading one and then summing. Where ranks
+    outnumber cores the rates are those of whoever had a core; only what has a sum in it is the same for all.
     """
 
     rank: int
     bandwidth: float
     gemm: float
     small_s: float
+    piece_s: float
     paced_s: float
     large_s: float
-
-
-PACED = 60
-"""Pieces read, at most."""
+    dealt_s: float
 
 
 def measure_rank(group: Group, channel: Channel) -> None:
@@ -55,53 +61,68 @@ def measure_rank(group: Group, channel: Channel) -> None:
         channel.send({"figures": asdict(figures(group))})
 
 
-def figures(group: Group, seconds: float = SECONDS) -> RankFigures:
+def figures(group: Group, windows: int = WINDOWS, seconds: float = SECONDS) -> RankFigures:
     """This rank's figures while all others take theirs. Every rank calls it."""
     torch.set_num_threads(1)
-    rows = READ // group.size // 4 // 1024
-    matrix, vector = torch.ones(rows, 1024), torch.ones(1024)
-    square = torch.ones(SIDE, SIDE)
-    read = _each(group, lambda: torch.mv(matrix, vector), seconds)
-    multiplied = _each(group, lambda: torch.mm(square, square), seconds)
-    small, large = torch.ones(SMALL), torch.ones(LARGE)
-    alone = _reduced(group, small, 400)
-    return RankFigures(
-        rank=group.rank,
-        bandwidth=rows * 1024 * 4 / read,
-        gemm=2 * SIDE**3 / multiplied,
-        small_s=alone,
-        paced_s=max(alone, _paced(group, matrix, vector, small) - PIECE * read / (rows * 4096)),
-        large_s=_reduced(group, large, 20),
-    )
+    measuring = _Measuring(group, seconds)
+    rounds = [measuring.window() for _ in range(windows)]
+    names = [f.name for f in fields(RankFigures) if f.name != "rank"]
+    return RankFigures(rank=group.rank, **{name: median(each[name] for each in rounds) for name in names})
 
 
-def _each(group: Group, work: Callable[[], object], seconds: float) -> float:
-    """Mean seconds of one call, over about `seconds`, begun together."""
-    work()
-    group.barrier()
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        work()
-        calls += 1
-    return (time.perf_counter() - started) / calls
+class _Measuring:
+    """What is read, multiplied and summed, made once."""
 
+    def __init__(self, group: Group, seconds: float) -> None:
+        self.group, self.seconds = group, seconds
+        rows = READ // group.size // 4 // 1024
+        self.matrix, self.vector = torch.ones(rows, 1024), torch.ones(1024)
+        self.pieces = torch.split(self.matrix, PIECE // 4096)
+        self.square, self.small, self.large = torch.ones(SIDE, SIDE), torch.ones(SMALL), torch.ones(LARGE)
+        self.wide = torch.ones(DEALT)
 
-def _reduced(group: Group, x: torch.Tensor, calls: int) -> float:
-    for _ in range(3):
-        group.all_reduce(x)
-    group.barrier()
-    started = time.perf_counter()
-    for _ in range(calls):
-        group.all_reduce(x)
-    return (time.perf_counter() - started) / calls
+    def window(self) -> dict[str, float]:
+        """Every figure once. Ranks read and multiply for about as long; what has sums in it, as often."""
+        reads = self._timed(lambda i: torch.mv(self.matrix, self.vector))
+        products = self._timed(lambda i: torch.mm(self.square, self.square))
+        pieces, paced = self._counted(PACED, self._read), self._counted(PACED, self._read_and_sum)
+        small = self._counted(100, lambda i: self.group.all_reduce(self.small))
+        return {
+            "bandwidth": self.matrix.nbytes / reads,
+            "gemm": 2 * SIDE**3 / products,
+            "small_s": small,
+            "piece_s": pieces,
+            "paced_s": paced,
+            "large_s": self._counted(8, lambda i: self.group.all_reduce(self.large)),
+            "dealt_s": self._counted(1, self._deal),
+        }
 
+    def _read(self, i: int) -> None:
+        torch.mv(self.pieces[i % len(self.pieces)], self.vector)
 
-def _paced(group: Group, matrix: torch.Tensor, vector: torch.Tensor, small: torch.Tensor) -> float:
-    """Seconds of reading a piece and summing, piece after piece through the matrix."""
-    pieces = torch.split(matrix, PIECE // 4096)[:PACED]
-    group.barrier()
-    started = time.perf_counter()
-    for piece in pieces:
-        torch.mv(piece, vector)
-        group.all_reduce(small)
-    return (time.perf_counter() - started) / len(pieces)
+    def _read_and_sum(self, i: int) -> None:
+        torch.mv(self.pieces[i % len(self.pieces)], self.vector)
+        self.group.all_reduce(self.small)
+
+    def _deal(self, i: int) -> None:
+        sizes = list(Partition.balanced(DEALT, self.group.size).widths)
+        self.group.all_gather(self.group.reduce_scatter(self.wide, 0, sizes), 0, sizes)
+
+    def _timed(self, work: Callable[[int], object]) -> float:
+        """Mean seconds of one call, over about a window, begun together."""
+        work(0)
+        self.group.barrier()
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < self.seconds:
+            work(calls)
+            calls += 1
+        return (time.perf_counter() - started) / calls
+
+    def _counted(self, calls: int, work: Callable[[int], object]) -> float:
+        """Mean seconds of one call, over so many, begun together."""
+        work(0)
+        self.group.barrier()
+        started = time.perf_counter()
+        for i in range(calls):
+            work(i)
+        return (time.perf_counter() - started) / calls

@@ -1,7 +1,7 @@
 """What a run would hold and move, rank by rank, without weights, data or other ranks.
 
 Decides nothing: memory is added up from `specs()`, and a step's collectives are those that the trainer's own code asks
-of planned groups while shapes flow through it. Activations are not counted.
+of planned groups while shapes flow through it. Activations are not counted: the planner predicts them.
 """
 
 from collections import Counter

@@ -1,0 +1,91 @@
+"""A training recipe in the planner's terms, and the split at which it trains fastest here.
+
+Decides how a recipe's keys become a job, and what is tried for it on this machine. No torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
+
+from shardwright.errors import UsageError
+from shardwright.models.config import ModelConfig
+from shardwright.plan import memory
+from shardwright.plan.candidates import divisors
+from shardwright.plan.declared import of_config
+from shardwright.plan.measured import Measured, slowest
+from shardwright.plan.software import profile
+from shardwright.plan.step import Job, Scene, step
+from shardwright.plan.training import RECOMPUTE, Split, Training
+from shardwright.train.recipe import Recipe
+
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+"""Of a recipe's dtype, as software profiles call them."""
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """Tensor and data parallelism, and the tokens a second that are predicted for each pair that fits."""
+
+    tensor: int
+    data: int
+    tokens_per_s: Mapping[tuple[int, int], float]
+
+
+def job_of(recipe: Recipe, config: ModelConfig) -> Job:
+    """What a recipe asks for, by this package's own training."""
+    train, parallel = recipe.train, recipe.parallel
+    split = Split(
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        vpp=1,
+        dp=parallel.data,
+        cp=1,
+        sp=int(parallel.sequence),
+        micro_batch=train.micro_batch,
+        recompute=RECOMPUTE.index(train.recompute),
+        zero=int(parallel.zero),
+    )
+    return _fitted(
+        Job(
+            blocks=of_config(config),
+            training=Training(
+                sequence=recipe.data.sequence, global_batch=train.batch, fp8=0, flash=int(not config.score_cap)
+            ),
+            split=split,
+            software=profile("shardwright", PRECISIONS[train.dtype]),
+        )
+    )
+
+
+def _fitted(job: Job) -> Job:
+    """The same, and what does not go with its tp and dp left out."""
+    split = job.split
+    sequences = ceil(job.training.global_batch / split.dp)
+    kept = {"sp": split.sp * (split.tp > 1), "zero": split.zero * (split.dp > 1)}
+    return replace(job, split=replace(split, **kept, micro_batch=min(split.micro_batch, sequences)))
+
+
+def here(job: Job, measured: Measured, tensor: int, data: int) -> Scene:
+    """The job at another split, on this machine's slowest rank."""
+    cut = _fitted(replace(job, split=replace(job.split, tp=tensor, dp=data)))
+    return Scene(**cut.__dict__, machine=slowest(measured, tensor * data))
+
+
+def fastest_training(job: Job, measured: Measured) -> TrainingChoice:
+    """The tensor x data parallelism that trains fastest here, of all numbers of ranks that were measured.
+
+    Raises:
+        UsageError: nothing fits this machine's memory.
+    """
+    speeds = {}
+    for ranks in sorted(measured.ranks):
+        for tensor in divisors(ranks):
+            scene = here(job, measured, tensor, ranks // tensor)
+            if scene.split.dp <= job.training.global_batch and memory.worst(scene).total <= scene.machine.memory:
+                tokens = job.training.global_batch * job.training.sequence
+                speeds[tensor, ranks // tensor] = float(tokens / step(scene).total)
+    if not speeds:
+        limit = f"no split fits the {measured.memory / 2**30:.1f} GiB of this machine"
+        raise UsageError("tp", "auto", limit, "take a smaller train.micro_batch, or train.recompute = 'full'")
+    tensor, data = max(speeds, key=lambda pair: speeds[pair])
+    return TrainingChoice(tensor, data, speeds)
