@@ -35,7 +35,6 @@ PRIORS: dict[str, tuple[float, float]] = {
     "hopper.attention_ported": (0.65, 0.15),
     "soft.tp_overlap": (0.3, 0.3),
     "soft.dp_overlap": (0.5, 0.3),
-    "megatron-deepspeed.dp_overlap": (0.2, 0.3),
     "megatron-2021.dp_overlap": (0.1, 0.3),
     "soft.fsdp_overlap": (0.85, 0.1),
     "soft.pp_overlap": (0.5, 0.3),
