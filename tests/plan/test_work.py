@@ -88,9 +88,10 @@ def passes(config: ModelConfig, rank: int, tp: int) -> tuple[Done, Done]:
 
 
 def sums(blocks: Blocks, share: work.Share, each: float) -> Counter[tuple[str, int]]:
-    """The all-reduces of all layers, `each` of T x H in a layer, and the one of T x H at an end."""
+    """The all-reduces of all layers, `each` times T x H in a layer, one call a part, and one of T x H at an end."""
     whole, normed = work.activation_bytes(share, LENGTH, 4), work.norm_bytes(LENGTH)
-    wide = Counter({("all_reduce", int(whole)): 1 + blocks.layers * each})
+    wide = Counter({("all_reduce", int(whole)): 1})
+    wide += Counter({("all_reduce", int(whole * each / blocks.parts)): blocks.layers * blocks.parts})
     return wide + Counter({("all_reduce", int(normed)): blocks.layers * blocks.norm_sums})
 
 

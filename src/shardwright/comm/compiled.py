@@ -15,7 +15,14 @@ from typing import Any
 from numba import config, njit
 
 PACKAGE = Path(__file__).parent.parent
-SOURCES = ("comm/atomics.py", "comm/compiled.py", "comm/rounds.py", "comm/segment.py", "kernels/cpu/*.py")
+SOURCES = (
+    "comm/atomics.py",
+    "comm/compiled.py",
+    "comm/rounds.py",
+    "comm/segment.py",
+    "comm/shares.py",
+    "kernels/cpu/*.py",
+)
 
 
 def compiled(signature: str) -> Callable[[Callable[..., Any]], Any]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardwright.comm import rounds
+from shardwright.comm import rounds, shares
 from shardwright.comm.group import Call, put, sum_in_rank_order
 from shardwright.comm.segment import SLOT, Segment, bytes_of
 from shardwright.errors import CommError
@@ -45,7 +45,6 @@ class Exchanges:
         direct = out is not None and out.is_contiguous()
         y = out if out is not None and direct else torch.empty_like(x)
         flat, total = x.view(-1), y.detach().view(-1)
-        plain = is_plain(x) and is_plain(y)
         if x.nbytes <= self.one_shot:
             buffer, at = self._buffer(), rounds.corner(self._state[rounds.EXCHANGE], x.nbytes)
             whole = [self._segment.slot(rank, buffer)[at:] for rank in range(self._size)]
@@ -54,20 +53,20 @@ class Exchanges:
             self._post(call)
             yield
             total.copy_(sum_in_rank_order(slots))
+        elif is_plain(x) and is_plain(y):
+            yield from self._reduced_plainly(flat, total, call)
         else:
-            reduced = self._reduced_plainly if plain else self._reduced_piece
             piece = SLOT // x.itemsize
             for start in range(0, flat.numel(), piece):
-                yield from reduced(flat[start : start + piece], total[start : start + piece], call)
+                yield from self._reduced_piece(flat[start : start + piece], total[start : start + piece], call)
         return y if direct else put(y, out)
 
     def _reduced_plainly(self, x: Tensor, y: Tensor, call: Call) -> Generator[None, None, None]:
-        """`_reduced_piece`, compiled."""
-        rounds.share_float32(self._state, fingerprint_of(call), x.data_ptr(), x.numel())
-        yield
-        rounds.sum_share_float32(self._state, fingerprint_of(call), x.data_ptr(), y.data_ptr(), x.numel())
-        yield
-        rounds.collect_float32(self._state, y.data_ptr(), x.numel())
+        """All pieces, compiled, which comes back only where another rank is late."""
+        fingerprint = fingerprint_of(call)
+        shares.begin(self._state)
+        while shares.advance(self._state, fingerprint, x.data_ptr(), y.data_ptr(), x.numel()) != rounds.DONE:
+            yield
 
     def _reduced_piece(self, x: Tensor, y: Tensor, call: Call) -> Generator[None, None, None]:
         """Each rank sums its share of a piece and leaves it in its slot, from where the others copy it."""

@@ -14,15 +14,15 @@ from shardwright.comm.atomics import LINE, SLEEPS, await_word, claim, load_acqui
 from shardwright.comm.compiled import compiled
 from shardwright.comm.segment import FINGERPRINT, SLEEPERS, SLOT, STRIDE
 
-RANK, RANKS, CONTROL, SLOTS, ABORT, SPINS, FUTEX, NAP, ROUND, EXCHANGE, WAITED, CLOCK = range(12)
+RANK, RANKS, CONTROL, SLOTS, ABORT, SPINS, FUTEX, NAP, ROUND, EXCHANGE, STEP, WAITED, CLOCK = range(13)
 """Places in the state: who and how many · addresses of control words, slots and abort word · looks before yielding ·
-the futex call · address of the timespec · rounds posted · exchanges begun, whose parity is the buffer · nanoseconds
-waited inside compiled code · two words in which it reads the clock."""
+the futex call · address of the timespec · rounds posted · exchanges begun, whose parity is the buffer · steps made of
+`comm.shares` · nanoseconds waited inside compiled code · two words in which it reads the clock."""
 
 LENGTH = CLOCK + 2
 
-FLOATS, STRETCH, BLOCK = LINE // 4, 128, 1024
-"""Floats of a cache line, of what is copied at a time, and of what is summed at a time."""
+STRETCH = 128
+"""Floats copied at a time."""
 
 AHEAD = 1024
 """Bytes by which a line is claimed before it is written: the other ranks' caches have to let go of it first."""
@@ -94,7 +94,7 @@ def corner(exchange: int, nbytes: int) -> int:
 
 
 @compiled("void(int64, int64, int64)")
-def _copy(target: int, source: int, n: int) -> None:
+def copy(target: int, source: int, n: int) -> None:
     """Floats from one address to another."""
     to, what = carray(_floats(target), (n,)), carray(_floats(source), (n,))
     whole = n // STRETCH * STRETCH
@@ -108,7 +108,7 @@ def _copy(target: int, source: int, n: int) -> None:
 
 
 @compiled("void(int64, int64, int64, int64)")
-def _add(total: int, a: int, b: int, n: int) -> None:
+def add(total: int, a: int, b: int, n: int) -> None:
     """`total` = a + b, floats at three addresses."""
     to, first, second = carray(_floats(total), (n,)), carray(_floats(a), (n,)), carray(_floats(b), (n,))
     for i in range(n):
@@ -116,7 +116,7 @@ def _add(total: int, a: int, b: int, n: int) -> None:
 
 
 @compiled("void(int64, int64, int64)")
-def _add_to(total: int, part: int, n: int) -> None:
+def add_to(total: int, part: int, n: int) -> None:
     """`total` += part."""
     to, what = carray(_floats(total), (n,)), carray(_floats(part), (n,))
     for i in range(n):
@@ -127,68 +127,21 @@ def _add_to(total: int, part: int, n: int) -> None:
 def sum_float32(state: Any, out: int, n: int) -> None:
     """`out` = the sum of all small tensors of this exchange, two or more, in rank order."""
     exchange, at = state[EXCHANGE], corner(state[EXCHANGE], 4 * n)
-    _add(out, _slot(state, 0, exchange) + at, _slot(state, 1, exchange) + at, n)
+    add(out, _slot(state, 0, exchange) + at, _slot(state, 1, exchange) + at, n)
     for rank in range(2, state[RANKS]):
-        _add_to(out, _slot(state, rank, exchange) + at, n)
+        add_to(out, _slot(state, rank, exchange) + at, n)
 
 
 @compiled("int64(int64[::1], int64, int64, int64, int64)")
 def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> int:
     """Copy x into the slot, post, wait, sum: n elements that fit a slot. Unless `DONE`, the sum is still to be made."""
     state[EXCHANGE] += 1
-    _copy(_slot(state, state[RANK], state[EXCHANGE]) + corner(state[EXCHANGE], 4 * n), x, n)
+    copy(_slot(state, state[RANK], state[EXCHANGE]) + corner(state[EXCHANGE], 4 * n), x, n)
     post(state, fingerprint)
     code = await_all(state, fingerprint, SLEEPS)
     if code == DONE:
         sum_float32(state, out, n)
     return code
-
-
-@compiled("int64(int64, int64, int64)")
-def _edge(n: int, rank: int, ranks: int) -> int:
-    """Where a rank's share of n elements begins: at a whole cache line."""
-    return n if rank == ranks else n * rank // ranks // FLOATS * FLOATS
-
-
-@compiled("void(int64[::1], int64, int64, int64)")
-def share_float32(state: Any, fingerprint: int, x: int, n: int) -> None:
-    """Begin an exchange of n elements that fit a slot: what the others sum lies in this rank's slot, and is posted."""
-    state[EXCHANGE] += 1
-    rank, ranks, mine = state[RANK], state[RANKS], _slot(state, state[RANK], state[EXCHANGE])
-    low, high = _edge(n, rank, ranks), _edge(n, rank + 1, ranks)
-    _copy(mine, x, low)
-    _copy(mine + 4 * high, x + 4 * high, n - high)
-    post(state, fingerprint)
-
-
-@compiled("void(int64[::1], int64, int64, int64, int64)")
-def sum_share_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -> None:
-    """Sum this rank's share of all slots, and of x in place of its own, in rank order, into its slot and `out`; post.
-
-    By blocks that stay in the first cache. `out` may be `x`: it is written when a block's sum is complete.
-    """
-    rank, ranks, exchange = state[RANK], state[RANKS], state[EXCHANGE]
-    mine, low, high = _slot(state, rank, exchange), _edge(n, rank, ranks), _edge(n, rank + 1, ranks)
-    first = x if rank == 0 else _slot(state, 0, exchange)
-    second = x if rank == 1 else _slot(state, 1, exchange)
-    for start in range(low, high, BLOCK):
-        width, at = min(BLOCK, high - start), 4 * start
-        _add(mine + at, first + at, second + at, width)
-        for other in range(2, ranks):
-            part = x if rank == other else _slot(state, other, exchange)
-            _add_to(mine + at, part + at, width)
-        _copy(out + at, mine + at, width)
-    post(state, fingerprint)
-
-
-@compiled("void(int64[::1], int64, int64)")
-def collect_float32(state: Any, out: int, n: int) -> None:
-    """Copy the shares that the other ranks summed out of their slots."""
-    ranks = state[RANKS]
-    for other in range(ranks):
-        if other != state[RANK]:
-            low, high = 4 * _edge(n, other, ranks), 4 * _edge(n, other + 1, ranks)
-            _copy(out + low, _slot(state, other, state[EXCHANGE]) + low, (high - low) // 4)
 
 
 @njit("int64(int64[::1])", nogil=True)

@@ -31,10 +31,11 @@ SUMS_OF: Mapping[Block, tuple[int, int]] = {
     "pre": (2, 2),
     "post": (2, 2),
     "sandwich": (2, 2),
-    "parallel": (2, 2),
-    "parallel_shared": (2, 2),
+    "parallel": (1, 2),
+    "parallel_shared": (1, 1),
 }
-"""All-reduces of T x H that each kind of layer makes, forward and backward; plans count on it, and a test holds it."""
+"""What the all-reduces of each kind of layer sum, forward and backward, in T x H; plans count on it, a test holds it.
+Layers side by side make one of them each way."""
 
 
 @dataclass(frozen=True)
