@@ -70,12 +70,30 @@ def test_logits_can_stay_parts() -> None:
     torch.testing.assert_close(torch.cat(parts, -1), call(model, inputs), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_linear_is_split_and_gathered(dtype: torch.dtype) -> None:
+    """The model is the product itself; ranks trace and run side by side. No sum is cut, but bfloat16 (2^-8) may round
+    otherwise in a product of other sizes.
+    """
+    linear, x = nn.Linear(6, 7, dtype=dtype), torch.randn(3, 6, dtype=dtype)
+    for output in on_threads(3, lambda group: parallelize_model(linear, group, (x,))(x)):
+        torch.testing.assert_close(output, linear(x), rtol=1e-2, atol=1e-2)
+
+
 def test_what_contradicts_itself_is_refused() -> None:
     linear, x = nn.Linear(6, 7), torch.randn(3, 6)
     with pytest.raises(UsageError, match="gather_output=False: axis 1 gives every rank a partial sum"):
         parallelize_model(linear, SingleGroup(), (x,), split_axis=1, gather_output=False)
     with pytest.raises(UsageError, match="example_inputs=None: Linear has no dummy_inputs; pass example_inputs"):
         parallelize_model(linear, SingleGroup())
+    with pytest.raises(UsageError, match="group=int: it is no group of ranks; pass SingleGroup"):
+        parallelize_model(linear, 2, (x,))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="example_inputs=str: there is no tensor in it"):
+        parallelize_model(linear, SingleGroup(), "x")
+    with pytest.raises(UsageError, match=r"too many positional arguments; Linear.forward takes \(input"):
+        parallelize_model(linear, SingleGroup(), (x, x))
+    with pytest.raises(UnsupportedError, match="are on two devices"):
+        parallelize_model(linear.to("meta"), SingleGroup(), (x,))
     with pytest.raises(UsageError, match="split_axis=2"):
         parallelize_model(linear, SingleGroup(), (x,), split_axis=2)  # type: ignore[arg-type]
 
@@ -145,15 +163,49 @@ def test_dropout_is_the_same_at_every_split() -> None:
     """Three training steps of a torch encoder with dropout, against the same replacement on one rank."""
     torch.manual_seed(2)
     model = foreign.encoder(dropout=0.3).double()
-    for layer in model.modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            layer.dropout = 0.0  # drawn inside torch's fused attention; see docs/parallelize.md
     x = torch.randn(2, 7, 24, dtype=torch.float64)
 
     def alone(whole: nn.Module) -> nn.Module:
         return parallelize_model(whole, SingleGroup(), (x,))
 
     compare(model, (x,), 3, 1e-9, twin=alone)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_dropout_by_function_is_the_same_at_every_split(name: str, training: bool) -> None:
+    """Inside attention, fused, and by `F.dropout`; traced in training or not. The reference: the same at one rank."""
+    model, inputs = zoo.build(name)
+    for attribute in ("dropout", "attention_dropout", "attn_pdrop", "resid_pdrop"):
+        for module in model.modules():
+            for holder in (module, getattr(module, "config", None)):
+                if isinstance(getattr(holder, attribute, None), float):
+                    setattr(holder, attribute, 0.3)
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+    traced = trace(model.train(training), inputs)
+
+    def body(group: Group) -> tuple[Tensor, Tensor, str]:
+        part = parallelize_model(model, group, traced).train()
+        return call(part, inputs), call(part, inputs), str(sharding_of(part).plan)
+
+    ((first, second, plan),) = on_threads(1, body)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(first, call(model.eval(), inputs))
+    assert "torch's generator" not in plan
+    for parts in on_threads(4, body):
+        torch.testing.assert_close(parts[:2], (first, second), rtol=1e-10, atol=1e-10)
+
+
+def test_random_numbers_out_of_reach_are_said_to_be() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(x)
+
+    model = nn.Sequential(nn.Linear(6, 9), nn.Dropout1d(0.5), nn.Linear(9, 6), Noisy())
+    plan = str(make_plan(model, trace(model, (torch.randn(4, 6),)), 2))
+    assert "1 draws from torch's generator (feature_dropout): each rank draws for its part" in plan
+    assert "3 draws from torch's generator (rand_like): seed all ranks alike" in plan
 
 
 def test_dropout_modules_of_a_model_keep_their_masks() -> None:
@@ -215,7 +267,7 @@ def test_the_plan_is_plain_data() -> None:
     assert data["bytes_per_forward"] == [plan.bytes_per_forward(rank) for rank in range(3)]
     text = str(plan)
     assert "split   6 parts: model.layers.0.self_attn.q_proj.weight (dim 0)" in text
-    assert "whole   model.embed_tokens.weight: a lookup computes nothing" in text
+    assert "whole   model.embed_tokens.weight (20,352 bytes on every rank): a lookup computes nothing" in text
 
 
 def test_a_head_count_written_into_the_code_runs_the_graph_instead() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from shardwright.parallelize.attributes import FAILURES, without_data
-from shardwright.parallelize.trace import Trace, on_meta
+from shardwright.parallelize.record import on_meta
+from shardwright.parallelize.trace import Trace
 
 NAME, PROBE = "shardwright", "shardwright-probe"
 CHOICE = "_attn_implementation_internal"

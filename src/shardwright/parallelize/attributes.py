@@ -5,21 +5,21 @@ what it gave the first time, so that nothing fails and only the integers differ:
 Integers of a plain object that the module holds (a config) count too; the module then gets a copy of its own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from torch import nn
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.constants import Wanted, constants
 from shardwright.parallelize.flow import Flow
 from shardwright.parallelize.placement import Placement
-from shardwright.parallelize.trace import LOOKS, Like, ModuleCall, Trace, integers, on_meta, owner
+from shardwright.parallelize.record import Like, ModuleCall, Watch, on_meta
+from shardwright.parallelize.trace import Trace, owner
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What a model's own code may raise at sizes it was not made for."""
@@ -153,26 +153,19 @@ def _reaches(module: nn.Module, call: ModuleCall, trace: Trace) -> list[Reach]:
     return found
 
 
-class _Replay(TorchFunctionMode):
-    """Records torch calls and their integers; given an earlier run it answers each call with that run's result."""
+@final
+class _Replay(Watch):
+    """Keeps what each call gave; given an earlier run it answers with that run's results."""
 
     def __init__(self, first: "_Replay | None" = None) -> None:
         super().__init__()
         self.first = first
-        self.functions: list[str] = []
-        self.integers: list[list[int]] = []
         self.results: list[Any] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record, and run or answer."""
-        name = getattr(function, "__name__", str(function))
-        if name in LOOKS:
-            return function(*args, **(kwargs or {}))
-        number = len(self.functions)
-        self.functions.append(name)
-        self.integers.append(list(integers((args, kwargs or {}))))
+    def answer(self, number: int, run: Callable[[], Any]) -> Any:
+        """Run it, or answer from the first run as long as that went the same way."""
         if self.first is None:
-            self.results.append(function(*args, **(kwargs or {})))
+            self.results.append(run())
             return self.results[-1]
         if number >= len(self.first.results) or self.first.functions[number] != self.functions[-1]:
             raise UnsupportedError("another path")

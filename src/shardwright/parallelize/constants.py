@@ -13,7 +13,7 @@ from torch.fx import Node
 from shardwright.parallelize.flow import Flow, named, shape_of
 from shardwright.parallelize.labels import Parameter
 from shardwright.parallelize.placement import Placement, only
-from shardwright.parallelize.trace import END
+from shardwright.parallelize.record import END
 
 Wanted = Callable[[Placement, int], int]
 

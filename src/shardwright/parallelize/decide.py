@@ -4,7 +4,7 @@ A chain that an operator needs whole loses its labels, and the graph is walked a
 of others is now simply a value every rank holds. After two or three walks only chains that can be split are left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -31,27 +31,27 @@ class Decision:
     whole: dict[str, str]
 
 
-def decide(trace: Trace) -> Decision:
-    """Choose what to split by the flow of data alone.
+def decide(trace: Trace, barred: Mapping[str, str] | None = None) -> Decision:
+    """Choose what to split by the flow of data alone. barred: parameters that stay whole, and why.
 
     Raises:
         UnsupportedError: a custom autograd function would see a part of a dimension.
     """
     functions = {node: name for node in trace.graph.graph.nodes if (name := custom_function(node))}
     if functions:
-        trusting = _decided(trace, rule_of)
+        trusting = _decided(trace, rule_of, barred or {})
         for node, name in functions.items():
             if trusting.flow.reads(node):
                 raise UnsupportedError(
                     f"{name}: a custom autograd function over a dimension that would be split, and nothing says how "
                     "its backward splits; write it with torch's operators, or leave its module out of the model"
                 )
-    return _decided(trace, proven_rule)
+    return _decided(trace, proven_rule, barred or {})
 
 
-def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
-    dead: Dims = set()
-    whole: dict[str, str] = {}
+def _decided(trace: Trace, rules: Callable[[Node], Rule], barred: Mapping[str, str]) -> Decision:
+    dead: Dims = {(name, dim) for name in barred for dim in range(len(trace.shapes[name]))}
+    whole = dict(barred)
     while True:
         flow, classes, chains = _walk(trace, dead, rules)
         failed = [chain for chain in chains if chain.obstacle not in ("", NOTHING)]
@@ -73,6 +73,16 @@ def _decided(trace: Trace, rules: Callable[[Node], Rule]) -> Decision:
             continue
         chosen.append(chain)
         taken |= _dims(chain)
+    return _final(trace, taken, whole, rules)
+
+
+def again(trace: Trace, decision: Decision) -> Decision:
+    """The same dims split in another graph of the model."""
+    taken = {dim for chain in decision.chains for dim in _dims(chain)}
+    return _final(trace, taken, decision.whole, proven_rule)
+
+
+def _final(trace: Trace, taken: Dims, whole: dict[str, str], rules: Callable[[Node], Rule]) -> Decision:
     everything = {(name, dim) for name in trace.names.values() for dim in range(8)}
     flow, classes, chains = _walk(trace, everything - taken, rules)
     split = tuple(chain for chain in chains if not chain.obstacle)
@@ -97,10 +107,20 @@ def _price(chain: Chain, trace: Trace, nodes: dict[str, Node]) -> float:
     return moved / max(1, sum(prod(trace.shapes[name]) for name in chain.parameters))
 
 
+def _bytes(node: Node) -> int:
+    return prod(shape_of(node)) * int(node.meta["val"].element_size())
+
+
 def _reluctance(chain: Chain, nodes: dict[str, Node], flow: Flow, classes: Classes) -> str:
     """Why a chain that could be split is not: a lookup computes nothing; an output is joined in the ranks' order."""
     if any(str(nodes[name].target).startswith("aten.embedding") for name in chain.consumers):
-        return "a lookup computes nothing, and cutting the table by rows would sum every lookup over the ranks"
+        summed, gathered = (sum(_bytes(nodes[name]) for name in names) for names in (chain.consumers, chain.exits))
+        if chain.exits:
+            return (
+                f"it is looked up too: cut by rows, a forward would sum {summed:,} bytes of lookups and gather "
+                f"{gathered:,} of its products, and whole it moves none; rules='classical' cuts it"
+            )
+        return f"a lookup computes nothing, and cut by rows {summed:,} bytes of lookups would be summed in a forward"
     for name in chain.exits:
         labels = compact(flow.findings.exits[name])
         owners = classes.of[labels.numpy().reshape(-1)]

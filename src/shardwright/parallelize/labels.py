@@ -46,13 +46,23 @@ class Edges:
     second: Tensor
 
 
+@dataclass(frozen=True)
+class Pick:
+    """Places of one dim that a node picks by numbers known to the trace."""
+
+    node: str
+    labels: Tensor
+    dim: int
+    numbers: tuple[int, ...]
+
+
 @dataclass
 class Findings:
     """What one pass over a graph says about labels.
 
     copies: node → (labels before, labels after): a dim of size 1 that was repeated · consumed: node → labels summed
     over there, in order: a partial sum · exits: labels of the model's outputs · shared: parameters that are whole on
-    every rank and meet what is split: their gradients are partial.
+    every rank and meet what is split: their gradients are partial · picks: dims indexed by number.
     """
 
     size: int = 1
@@ -64,6 +74,7 @@ class Findings:
     exits: dict[str, Tensor] = field(default_factory=dict)
     entries: list[tuple[str, str]] = field(default_factory=list)
     united: dict[str, Tensor] = field(default_factory=dict)
+    picks: list[Pick] = field(default_factory=list)
 
     def fresh(self, count: int) -> Tensor:
         """New labels."""

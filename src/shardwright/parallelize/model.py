@@ -35,6 +35,7 @@ def parallelize_model(
     left as it was; the result has its class, its state-dict names, and tensors of its own. `result.sharding.plan` says
     what is split, what moves, and why the rest is whole. `full_state_dict` and `load_full_state_dict` gather and cut.
     """
+    _check_kinds(model, group)
     refuse_split(model)
     _check(split_axis, rules, gather_output=gather_output)
     with TRACING:
@@ -49,7 +50,7 @@ def parallelize_model(
     if planned.places is None:
         part = traced_model(part, traced, planned, group, gather_output=gather_output)
     else:
-        place(part, planned, group, gather_output=gather_output)
+        part = place(part, planned, group, gather_output=gather_output)
         hook(part, planned, group)
     watch(part, planned, traced, group)
     return _finished(part, planned.plan, traced, group)
@@ -86,7 +87,7 @@ def _rehearsed(model: nn.Module, traced: Trace, ranks: int, *, gather_output: bo
             continue
         seen.add(sizes)
         part = local_copy(bare, planned.plan, traced, rank)
-        place(part, planned, PlannedGroup(rank, ranks), gather_output=gather_output)
+        part = place(part, planned, PlannedGroup(rank, ranks), gather_output=gather_output)
         try:
             rehearse(part, traced, demanded, planned.placement, rank)
         except UnsupportedError as error:
@@ -98,6 +99,14 @@ def _finished(part: nn.Module, plan: Plan, traced: Trace, group: Group) -> nn.Mo
     names = {name.removeprefix("model."): first for name, first in traced.names.items()}
     setattr(part, ATTRIBUTE, Sharding(plan, group, names))
     return part
+
+
+def _check_kinds(model: object, group: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError("model", type(model).__name__, "it is no nn.Module", "pass the module to split")
+    if not isinstance(group, Group):
+        remedy = "pass SingleGroup(), the group that ThreadGroup.run gives, or TorchGroup.of(process_group)"
+        raise UsageError("group", type(group).__name__, "it is no group of ranks", remedy)
 
 
 def _check(split_axis: object, rules: object, *, gather_output: bool) -> None:

@@ -17,7 +17,7 @@ from shardwright.errors import UnsupportedError
 from shardwright.layout.partition import Partition, Range
 from shardwright.parallelize.chains import Chain, Classes
 from shardwright.parallelize.decide import Decision
-from shardwright.parallelize.labels import Findings, Source, compact, varying
+from shardwright.parallelize.labels import Findings, Pick, Source, compact, varying
 
 
 class Placement:
@@ -33,6 +33,7 @@ class Placement:
             owners |= _owners(chain, partition)
         self.held = self.classes.holders(owners, ranks)
         self._hold_scales(owners)
+        self._hold_picked(owners)
         self.indexed: dict[str, tuple[tuple[int, ...], ...]] = {}
         self.times = self.held.astype(np.int64)
         for name, (before, after) in self.findings.copies.items():
@@ -115,6 +116,27 @@ class Placement:
                 and not np.isin(mine, heads).any()
             ):
                 self.held[np.isin(of, mine)] = True
+
+    def _hold_picked(self, owners: dict[int, int]) -> None:
+        """What is picked by number and has no owner (one KV head for all) is on ranks without parts too."""
+        for pick in self.findings.picks:
+            size = pick.labels.shape[pick.dim]
+            picked = pick.labels.index_select(pick.dim, torch.tensor([n % size for n in pick.numbers]))
+            classes = np.unique(self.classes.of[compact(picked).clamp(min=0).reshape(-1).numpy()])
+            if not np.isin(classes, list(owners)).any():
+                self.held[np.isin(self.classes.of, classes)] = True
+
+    def lost(self) -> tuple[Pick, int] | None:
+        """A pick by number that would find another place on a rank, and the rank."""
+        for pick in self.findings.picks:
+            size = pick.labels.shape[pick.dim]
+            for rank in range(self.ranks):
+                held = self.held_along(pick.labels, pick.dim, rank).tolist()
+                for number in pick.numbers:
+                    at = number if number >= 0 else len(held) + number
+                    if not 0 <= at < len(held) or held[at] != number % size:
+                        return pick, rank
+        return None
 
     def _users(self, rank: int) -> dict[int, tuple[int, ...]]:
         users: dict[int, list[int]] = {}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from shardwright.comm.group import Group
 from shardwright.parallelize.attention import index_attention
 from shardwright.parallelize.attributes import set_own
-from shardwright.parallelize.dropout import Dropout
-from shardwright.parallelize.graph import places_of
+from shardwright.parallelize.draws import Draw, places_of
+from shardwright.parallelize.dropout import DrawnByPlace, Dropout, Places
 from shardwright.parallelize.modules import (
     Carried,
     ColumnGather,
@@ -20,11 +20,11 @@ from shardwright.parallelize.modules import (
     VocabularySplit,
 )
 from shardwright.parallelize.partial import watch_gradients
-from shardwright.parallelize.plan import Cut, Plan
+from shardwright.parallelize.plan import MODULES, Cut, Plan
 from shardwright.parallelize.planning import Planned, widths
 from shardwright.parallelize.sharding import rows
 from shardwright.parallelize.simple import Simple
-from shardwright.parallelize.sites import parameter_of
+from shardwright.parallelize.sites import inside, parameter_of
 from shardwright.parallelize.trace import Trace
 
 
@@ -43,8 +43,8 @@ def _part(whole: Tensor, cut: Cut | None, rank: int) -> Tensor:
     return whole.index_select(cut.dim, rows(cut, rank).to(whole.device)).contiguous()
 
 
-def place(part: nn.Module, planned: Planned, group: Group, *, gather_output: bool) -> None:
-    """Put integers, modules and hooks where the plan has them."""
+def place(part: nn.Module, planned: Planned, group: Group, *, gather_output: bool) -> nn.Module:
+    """Put integers and modules where the plan has them; the part, or what takes its place if it is one product."""
     places, cuts = planned.places, {cut.parameter: cut for cut in planned.plan.cuts}
     assert places is not None
     for path, values in planned.settings.items():
@@ -60,14 +60,17 @@ def place(part: nn.Module, planned: Planned, group: Group, *, gather_output: boo
         row = RowDeferred(old, product, group, carried[product.node]) if deferred else None
         part.set_submodule(product.path, row or RowSplit(old, product, group, carried.get(product.node)))
     for product in places.gathers:
-        cut = cuts[f"{product.path}.{product.weight}"]
+        cut = cuts[planned.names[f"{inside(product.path)}{product.weight}"]]
         new = ColumnGather(part.get_submodule(product.path), product, group, widths(cut) if gather_output else None)
+        if not product.path:
+            return new
         part.set_submodule(product.path, new)
-    held = {path: places_of(x, planned.placement, group.rank) for path, x in planned.dropouts.items()}
+    held = {one.path: places_of(one.labels, planned.placement, group.rank) for one in planned.draws if one.inside}
     _seed_dropouts(part, held)
+    return part
 
 
-def _seed_dropouts(part: nn.Module, cut: dict[str, dict[int, tuple[Tensor, int]]]) -> None:
+def _seed_dropouts(part: nn.Module, cut: dict[str, Places]) -> None:
     """Dropout whose mask does not depend on the split."""
     for path, module in list(part.named_modules()):
         if isinstance(module, nn.Dropout) and path:
@@ -84,6 +87,19 @@ def hook(part: nn.Module, planned: Planned, group: Group) -> None:
     for path in places.inputs:
         if path not in gathered:
             part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before, with_kwargs=True)
+    _hook_draws(part, planned, group.rank)
+
+
+def _hook_draws(part: nn.Module, planned: Planned, rank: int) -> None:
+    """What modules draw by function in their own code is drawn by place."""
+    draws: dict[str, list[Draw]] = {}
+    for one in planned.draws:
+        if one.by_place_in(MODULES) and not one.inside:
+            draws.setdefault(one.path, []).append(one)
+    for path, mine in draws.items():
+        hooks = DrawnByPlace([one.by_place(0.0, planned.placement, rank) for one in mine])
+        part.get_submodule(path).register_forward_pre_hook(hooks.before)
+        part.get_submodule(path).register_forward_hook(hooks.after, always_call=True)
 
 
 def watch(part: nn.Module, planned: Planned, traced: Trace, group: Group) -> None:

@@ -48,8 +48,9 @@ class Plan:
     """What `parallelize_model` does with a model over `ranks` ranks.
 
     chains: for each chain the parameters it cuts and where it ends · whole: parameter → why every rank holds all ·
-    settings: module path → {attribute: one value a rank} · indexed: module path → each rank's query → KV index · runs:
-    `modules` where the model's own forward stays, else why the traced graph runs instead · notes: what to know.
+    whole_bytes: its size · settings: module path → {attribute: one value a rank} · indexed: module path → each rank's
+    query → KV index · runs: `modules` where the model's own forward stays, else why the traced graph runs instead ·
+    notes: what to know.
     """
 
     ranks: int
@@ -57,6 +58,7 @@ class Plan:
     cuts: tuple[Cut, ...]
     moves: tuple[Move, ...]
     whole: Mapping[str, str]
+    whole_bytes: Mapping[str, int]
     settings: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     indexed: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     runs: str = MODULES
@@ -87,13 +89,15 @@ class Plan:
         for op, count in Counter(move.op for move in self.moves).items():
             lines.append(f"  moves   {count} {op}: " + _some([move.at for move in self.moves if move.op == op]))
         for reason in dict.fromkeys(self.whole.values()):
-            lines.append(f"  whole   {_some([n for n, why in self.whole.items() if why == reason])}: {reason}")
+            alike_whole = [name for name, why in self.whole.items() if why == reason]
+            held = sum(self.whole_bytes[name] for name in alike_whole)
+            lines.append(f"  whole   {_some(alike_whole)} ({held:,} bytes on every rank): {reason}")
         copied = sum(cut.copied_bytes for cut in self.cuts)
         if copied:
             names = [cut.parameter for cut in self.cuts if cut.copied_bytes]
             lines.append(f"  copies  {copied:,} bytes on all ranks together: {_some(names)}")
         if self.runs != MODULES:
-            lines.append(f"  runs    the traced graph, without a cache and at the example's shapes: {self.runs}")
+            lines.append(f"  runs    the traced graph, without a cache: {self.runs}")
         lines += [f"  note    {note}" for note in self.notes]
         return "\n".join(lines)
 

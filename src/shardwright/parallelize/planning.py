@@ -1,10 +1,11 @@
 """From a trace to a plan for so many ranks: cuts, moves, settings. Knows no group."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
@@ -12,12 +13,14 @@ from shardwright.layout.partition import Range
 from shardwright.parallelize.attention import calls_the_interface
 from shardwright.parallelize.attributes import Demands, Settings, demands, solve
 from shardwright.parallelize.chains import Chain
-from shardwright.parallelize.decide import Decision, decide
-from shardwright.parallelize.labels import varying
+from shardwright.parallelize.decide import Decision, again, decide
+from shardwright.parallelize.draws import Draw, draws_of
+from shardwright.parallelize.labels import compact
 from shardwright.parallelize.placement import Placement, ranges
 from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
 from shardwright.parallelize.sites import Sites, sites
 from shardwright.parallelize.trace import Trace, owner
+from shardwright.parallelize.traced import inputs_of
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,13 @@ class Planned:
     placement: Placement
     places: Sites | None
     settings: Settings
-    dropouts: dict[str, Tensor]
+    draws: tuple[Draw, ...]
+    names: Mapping[str, str]
 
 
 def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool, obstacle: str = "") -> Planned:
     """The plan that the flow of data gives. obstacle: why the modules' own code cannot run, if that is known."""
-    decision = decide(trace)
-    placement = Placement(decision, ranks)
-    _check_picks(trace, decision, placement)
+    decision, placement = _decided(trace, ranks)
     indexed = _by_index(model, trace, placement)
     if indexed:
         placement = Placement(decision, ranks, copies=False)
@@ -49,6 +51,7 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
     except UnsupportedError as error:
         runs = str(error)
         placement, indexed = Placement(decision, ranks), {}
+    draws = draws_of(trace, decision.flow)
     carried = set(places.together) if places else set()
     plan = Plan(
         ranks,
@@ -56,52 +59,66 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         _cuts(decision, placement, trace),
         tuple(_moves(decision, placement, trace, carried, gather_output=gather_output)),
         decision.whole,
+        {name: trace.size_of(name) for name in decision.whole},
         {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
         indexed,
         runs,
-        _notes(model, trace) if runs == MODULES else (),
+        (*_sizes(trace, runs), *_notes(draws, runs)),
     )
-    dropouts = {
-        owner(node): decision.flow.values[node]
-        for node in trace.graph.graph.nodes
-        if str(node.target) == "aten.dropout.default" and decision.flow.values[node] is not None
-    }
-    return Planned(plan, decision, placement, places, settings, dropouts)
+    return Planned(plan, decision, placement, places, settings, draws, trace.names)
 
 
-def _check_picks(trace: Trace, decision: Decision, placement: Placement) -> None:
-    """An index by numbers of the trace must find the same places on every rank."""
-    flow = decision.flow
-    for node in trace.graph.graph.nodes:
-        labels = flow.values.get(node.args[0]) if str(node.target) == "aten.index.Tensor" else None
-        if not isinstance(labels, Tensor):
-            continue
-        picks = [(dim, flow.constants[x]) for dim, x in enumerate(node.args[1]) if x in flow.constants]
-        for dim, numbers in ((dim, x) for dim, x in picks if dim in varying(labels)):
-            size = labels.shape[dim]
-            for rank in range(placement.ranks):
-                held = placement.held_along(labels, dim, rank).tolist()
-                for number in numbers.reshape(-1).tolist():
-                    at = number if number >= 0 else len(held) + number
-                    if not 0 <= at < len(held) or held[at] != number % size:
-                        parts = min(len(chain.granules) for chain in decision.chains)
-                        lacking = f"{node.name} picks place {number} of {size}, which rank {rank} lacks"
-                        raise UnsupportedError(f"tp={placement.ranks}: {lacking}; use at most {parts} ranks")
+def in_other_mode(planned: Planned, trace: Trace) -> Planned:
+    """The same plan on the graph of the model's other mode.
+
+    Raises:
+        UnsupportedError: there is no such graph, or it would be cut otherwise.
+    """
+    other = trace.opposite
+    decision = again(other, planned.decision)
+    placement = Placement(decision, planned.plan.ranks)
+    if _cuts(decision, placement, other) != planned.plan.cuts:
+        raise UnsupportedError("in that mode the data flows otherwise, and the cuts do not fit")
+    return replace(planned, decision=decision, placement=placement)
 
 
-def _notes(model: nn.Module, trace: Trace) -> tuple[str, ...]:
+def _decided(trace: Trace, ranks: int) -> tuple[Decision, Placement]:
+    """What is split over so many ranks; a chain with a place picked by number that a rank would not find is whole."""
+    barred: dict[str, str] = {}
+    while True:
+        decision = decide(trace, barred)
+        placement = Placement(decision, ranks)
+        lost = placement.lost()
+        if lost is None:
+            return decision, placement
+        pick, rank = lost
+        numbers = ", ".join(map(str, pick.numbers))
+        why = f"{pick.node} picks place {numbers} of {pick.labels.shape[pick.dim]}, which rank {rank} would not find"
+        own = placement.classes.of[compact(pick.labels).reshape(-1).clamp(min=0).numpy()]
+        for chain in decision.chains:
+            if any(np.isin(placement.classes.of[one.start : one.start + one.size], own).any() for one in chain.sources):
+                barred |= dict.fromkeys(chain.parameters, why)
+
+
+def _notes(draws: tuple[Draw, ...], runs: str) -> Iterator[str]:
     """Random numbers that stay torch's own."""
-    modules = dict(model.named_modules())
-    drawing = [
-        owner(node)
-        for node in trace.graph.graph.nodes
-        if str(node.target) == "aten.dropout.default"
-        and node.args[1]
-        and not isinstance(modules[owner(node)], nn.Dropout)
-    ]
-    if not drawing:
+    for one in draws:
+        if not one.by_place_in(runs):
+            how = "each rank draws for its part" if one.labels is not None else "seed all ranks alike"
+            yield f"{one.path or 'the model'} draws from torch's generator ({one.node}): {how}"
+
+
+def _sizes(trace: Trace, runs: str) -> tuple[str, ...]:
+    """Which sizes of its inputs a traced graph is for."""
+    if runs == MODULES:
         return ()
-    return (f"dropout by function in {drawing[0]}: each rank draws its own in training; set its probability to 0",)
+    free = trace.free
+    symbols = dict.fromkeys(size for sizes in free.sizes for size in sizes if isinstance(size, str))
+    letters = dict(zip(symbols, "abcdefghijklmnopqrstuvwxyz", strict=False))
+    named = inputs_of(trace.model, trace.inputs).order
+    shapes = [", ".join(str(letters.get(str(size), size)) for size in sizes) for sizes in free.sizes]
+    taken = "; ".join(f"{name} [{shape}]" for name, shape in zip(named, shapes, strict=True))
+    return (f"the graph takes {taken}" + (f"; {free.why}" if free.why else ""),)
 
 
 def _by_index(model: nn.Module, trace: Trace, placement: Placement) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 from shardwright.errors import ShardwrightError, UnsupportedError
 from shardwright.parallelize.attributes import FAILURES, Demands
 from shardwright.parallelize.placement import Placement
-from shardwright.parallelize.trace import Own, Recorder, Trace, on_meta
+from shardwright.parallelize.record import Own, Recorder, on_meta
+from shardwright.parallelize.trace import Trace
 
 
 def rehearse(part: nn.Module, trace: Trace, demanded: Mapping[str, Demands], placement: Placement, rank: int) -> None:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from shardwright.parallelize import products
 from shardwright.parallelize.flow import Flow, Rule, named, pointwise, shape_of
-from shardwright.parallelize.labels import Parameter, spread
+from shardwright.parallelize.labels import Parameter, Pick, spread, varying
 
 SAME = ("alias", "clone", "contiguous", "detach", "to", "_to_copy", "type_as", "lift_fresh_copy", "tril", "triu",
         "dropout", "dropout_", "feature_dropout", "alpha_dropout")  # fmt: skip
@@ -158,6 +158,10 @@ def _indexed(flow: Flow, node: Node) -> Any:
     guessed = [dim for dim, x in enumerate(given) if x is not None and x not in flow.constants]
     if any(labels.shape[dim] > 1 and labels.stride(dim) for dim in guessed):
         return _surrendered(flow, node)
+    for dim, x in enumerate(given):
+        if x in flow.constants and dim in varying(labels):
+            numbers = tuple(int(n) for n in flow.constants[x].reshape(-1))
+            flow.findings.picks.append(Pick(node.name, labels, dim, numbers))
     out = torch.ops.aten.index.Tensor(labels, known)
     return spread(out, out.shape)
 

@@ -67,7 +67,9 @@ def plan_simply(trace: Trace, ranks: int, rule: Rule, *, gather_output: bool) ->
         moves.append(Move("all_gather" if form == "column" else "all_reduce", node.name, mine))
     chains = tuple(f"{one.path} by itself: {form}" for one, form, _ in forms.values())
     return Simple(
-        Plan(ranks, chains, tuple(cuts.values()), tuple(moves), whole), tuple(forms.values()), frozenset(local)
+        Plan(ranks, chains, tuple(cuts.values()), tuple(moves), whole, {name: trace.size_of(name) for name in whole}),
+        tuple(forms.values()),
+        frozenset(local),
     )
 
 

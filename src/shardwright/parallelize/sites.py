@@ -14,8 +14,9 @@ from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.decide import Decision
+from shardwright.parallelize.record import Like
 from shardwright.parallelize.rules import MOVING, SAME
-from shardwright.parallelize.trace import Like, Trace, owner
+from shardwright.parallelize.trace import Trace, owner
 
 
 @dataclass(frozen=True)
