@@ -40,6 +40,19 @@ def test_two_cores_that_do_not_disturb_each_other_decode_faster_than_one() -> No
     assert 1.6 < choice.tokens_per_s[2] / choice.tokens_per_s[1] < 2
 
 
+def test_half_the_bytes_decode_nearly_twice_as_fast() -> None:
+    measured = Measured.of(said((15e9,), (15e9, 15e9)))
+    wide, half = (fastest_decode(SMOLLM, measured, 8, 64, width).tokens_per_s for width in (4, 2))
+    for tp in (1, 2):
+        assert 1.7 < half[tp] / wide[tp] < 2
+
+
+def test_three_ranks_on_two_cores_take_two_turns_at_every_sum() -> None:
+    """Of a third of the work each: a token takes two thirds of what one rank takes alone, not half."""
+    choice = fastest_decode(SMOLLM, Measured.of(said((15e9,), (15e9, 15e9), (5e9, 15e9, 10e9))), 8, 64)
+    assert choice.tokens_per_s[3] == pytest.approx(1.5 * choice.tokens_per_s[1], rel=0.05)
+
+
 def test_two_cores_that_share_one_memory_do_not() -> None:
     assert fastest_decode(SMOLLM, Measured.of(said((15e9,), (7e9, 7e9))), 8, 64).tp == 1
 

@@ -18,8 +18,8 @@ from shardwright.models.decoder import Decoder
 from shardwright.models.specs import Cuts
 from shardwright.plan import memory
 from shardwright.plan.measured import Measured
-from shardwright.plan.recipes import fastest_training, here, job_of
-from shardwright.plan.step import step
+from shardwright.plan.recipes import fastest_training, here, job_of, recut
+from shardwright.plan.step import Job, step
 from shardwright.testing.models import SHAPES, tiny_config
 from shardwright.train.dry_run import dry_run
 from shardwright.train.recipe import Recipe
@@ -33,6 +33,10 @@ def recipe(tmp_path: Any, parallel: dict[str, Any], **train: Any) -> Recipe:
     return recipe_of(tmp_path, train={"batch": 4, "micro_batch": 2} | train, parallel=parallel)
 
 
+def planned_job(asked: Recipe, config: ModelConfig) -> Job:
+    return recut(job_of(asked, config), asked.parallel.tensor, asked.parallel.data)
+
+
 @pytest.mark.parametrize(
     "parallel", [{}, {"tensor": 3}, {"tensor": 2, "data": 2, "sequence": True}, {"data": 3, "zero": False}]
 )
@@ -43,7 +47,7 @@ def test_bytes_are_those_of_the_dry_run(tmp_path: Any, family: str, parallel: di
     optimiser, which they do by whole rows, to a row at either end.
     """
     asked, config = recipe(tmp_path, parallel, dtype=dtype), tiny_config(**SHAPES[family])
-    planned, ranks = memory.held(job_of(asked, config), 0), dry_run(asked, config).ranks
+    planned, ranks = memory.held(planned_job(asked, config), 0), dry_run(asked, config).ranks
     row = 2 * 12 * max(config.hidden, config.feed_forward, config.heads * config.head_size)
     assert planned.weights == max(rank.weights for rank in ranks)
     assert planned.gradients == max(rank.gradients for rank in ranks)
@@ -86,7 +90,7 @@ def test_activations(tmp_path: Any, family: str, tensor: int, sequence: bool, re
         config = tiny_config(**shape | windows | {"layers": layers})
         asked = recipe(tmp_path, {"tensor": tensor, "sequence": sequence}, recompute=recompute)
         asked = asked.model_copy(update={"data": asked.data.model_copy(update={"sequence": SEQUENCE})})
-        planned = float(memory.held(job_of(asked, config), 0).activations)
+        planned = float(memory.held(planned_job(asked, config), 0).activations)
         found.append((kept(config, tensor, sequence, recompute, 2), planned))
     real, predicted = (more - less for less, more in zip(*found, strict=True))
     assert predicted == pytest.approx(real, rel=0.02)
@@ -112,6 +116,14 @@ def test_a_faster_machine_never_trains_slower(tmp_path: Any, figure: str) -> Non
             step(here(job, machine, *pair)).total for machine in (MEASURED, replace(MEASURED, ranks=figures))
         )
         assert after <= before
+
+
+def test_a_split_is_tried_as_the_recipe_has_it(tmp_path: Any) -> None:
+    """Rows dealt out, and the optimiser shared, wherever there is someone to share with."""
+    job = job_of(recipe(tmp_path, {"sequence": True}), tiny_config())
+    assert (here(job, MEASURED, 2, 1).split.sp, here(job, MEASURED, 1, 2).split.sp) == (1, 0)
+    assert (here(job, MEASURED, 2, 1).split.zero, here(job, MEASURED, 1, 2).split.zero) == (0, 1)
+    assert (here(job, MEASURED, 1, 1).split.micro_batch, here(job, MEASURED, 1, 3).split.micro_batch) == (2, 2)
 
 
 def test_what_does_not_fit_is_not_chosen(tmp_path: Any) -> None:

@@ -88,10 +88,12 @@ def generate(options: GenerateOptions) -> None:
 def _choice(config: "ModelConfig", prompt: int, options: GenerateOptions) -> "Choice":
     """The number of ranks that should decode this fastest here."""
     from shardwright.cli.measure import measured_machine
+    from shardwright.layout.spec import BYTES
     from shardwright.plan.declared import of_config
     from shardwright.plan.measured import fastest_decode
 
-    return fastest_decode(of_config(config), measured_machine(), prompt, options.max_tokens)
+    width = BYTES[options.dtype or config.dtype]
+    return fastest_decode(of_config(config), measured_machine(), prompt, options.max_tokens, width)
 
 
 def _compared(choice: "Choice", report: "RunReport") -> str:

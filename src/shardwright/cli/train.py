@@ -187,11 +187,12 @@ def _config(recipe: "Recipe") -> "ModelConfig":
 def _show_dry_run(recipe: "Recipe", *, as_json: bool) -> None:
     """What ranks would hold and move; activations as planned, since nothing is run that would keep them."""
     from shardwright.plan.memory import held
-    from shardwright.plan.recipes import job_of
+    from shardwright.plan.recipes import job_of, recut
     from shardwright.train.dry_run import dry_run
 
-    config = _config(recipe)
-    found, planned = dry_run(recipe, config), held(job_of(recipe, config), 0)
+    config, parallel = _config(recipe), recipe.parallel
+    job = recut(job_of(recipe, config), parallel.tensor, parallel.data)
+    found, planned = dry_run(recipe, config), held(job, 0)
     activations = int(planned.activations + planned.logits)
     if as_json:
         print(json.dumps(found.as_dict() | {"predicted_activations": activations}))

@@ -4,7 +4,7 @@ Decides how figures become curve constants. Measures nothing (`profile.machine` 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -66,14 +66,14 @@ def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
 
 def _fair(measured: Measured, ranks: int) -> Sequence[Mapping[str, float]]:
     """The figures of so many ranks. Beyond the cores a rank has a fair share of the slowest core, whatever it had for
-    the moment in which it was measured.
+    the moment in which it was measured; a turn of it is then what a piece takes a rank that has a core, sum included.
     """
     rows = measured.ranks[ranks]
     if ranks <= measured.cores or measured.cores not in measured.ranks:
         return rows
     each, full = ranks / measured.cores, measured.ranks[measured.cores]
     rates = {name: min(row[name] for row in full) / each for name in ("bandwidth", "gemm")}
-    return [{**row, **rates, "piece_s": each * max(other["piece_s"] for other in full)} for row in rows]
+    return [{**row, **rates, "piece_s": each * max(other["paced_s"] for other in full)} for row in rows]
 
 
 def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machine:
@@ -113,11 +113,11 @@ class Choice:
     tokens_per_s: Mapping[int, float]
 
 
-def fastest_decode(blocks: Blocks, measured: Measured, prompt: int, output: int) -> Choice:
-    """The tensor parallelism that decodes one request fastest here, of all that were measured."""
+def fastest_decode(blocks: Blocks, measured: Measured, prompt: int, output: int, width: int = 4) -> Choice:
+    """The tensor parallelism that decodes one request fastest here, of all measured. width: bytes of a weight."""
     speeds = {}
     for tp in sorted(measured.ranks):
-        machine = slowest(measured, tp)
+        machine = replace(slowest(measured, tp), width=width)
         load = Load(input=float(prompt), output=float(output), batch=1.0, fp8=0.0)
         stage = Stage(blocks=blocks, machine=machine, server=server("shardwright"), tp=float(tp), pp=1.0)
         speeds[tp] = float(1 / service(stage, load).per_token)

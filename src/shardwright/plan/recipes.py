@@ -32,7 +32,7 @@ class TrainingChoice:
 
 
 def job_of(recipe: Recipe, config: ModelConfig) -> Job:
-    """What a recipe asks for, by this package's own training."""
+    """What a recipe asks for, by this package's own training, to be `recut`."""
     train, parallel = recipe.train, recipe.parallel
     split = Split(
         tp=parallel.tensor,
@@ -45,30 +45,28 @@ def job_of(recipe: Recipe, config: ModelConfig) -> Job:
         recompute=RECOMPUTE.index(train.recompute),
         zero=int(parallel.zero),
     )
-    return _fitted(
-        Job(
-            blocks=of_config(config),
-            training=Training(
-                sequence=recipe.data.sequence, global_batch=train.batch, fp8=0, flash=int(not config.score_cap)
-            ),
-            split=split,
-            software=profile("shardwright", PRECISIONS[train.dtype]),
-        )
+    return Job(
+        blocks=of_config(config),
+        training=Training(
+            sequence=recipe.data.sequence, global_batch=train.batch, fp8=0, flash=int(not config.score_cap)
+        ),
+        split=split,
+        software=profile("shardwright", PRECISIONS[train.dtype]),
     )
 
 
-def _fitted(job: Job) -> Job:
-    """The same, and what does not go with its tp and dp left out."""
-    split = job.split
-    sequences = ceil(job.training.global_batch / split.dp)
-    kept = {"sp": split.sp * (split.tp > 1), "zero": split.zero * (split.dp > 1)}
-    return replace(job, split=replace(split, **kept, micro_batch=min(split.micro_batch, sequences)))
+def recut(job: Job, tensor: int, data: int) -> Job:
+    """The job at this split, without what does not go with it."""
+    split, sequences = job.split, ceil(job.training.global_batch / data)
+    kept = {"sp": split.sp * (tensor > 1), "zero": split.zero * (data > 1)}
+    micro_batch = min(split.micro_batch, sequences)
+    return replace(job, split=replace(split, tp=tensor, dp=data, micro_batch=micro_batch, **kept))
 
 
 def here(job: Job, measured: Measured, tensor: int, data: int) -> Scene:
-    """The job at another split, on this machine's slowest rank."""
-    cut = _fitted(replace(job, split=replace(job.split, tp=tensor, dp=data)))
-    return Scene(**cut.__dict__, machine=slowest(measured, tensor * data))
+    """The job at this split, on this machine's slowest rank."""
+    machine = replace(slowest(measured, tensor * data), width=job.software.activation_bytes)
+    return Scene(**recut(job, tensor, data).__dict__, machine=machine)
 
 
 def fastest_training(job: Job, measured: Measured) -> TrainingChoice:

@@ -15,7 +15,7 @@ from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
 from shardwright.layout.partition import Partition
 
-WINDOWS, SECONDS = 7, 0.1
+WINDOWS, SECONDS = 5, 0.1
 """Each figure is the median of so many windows of so long, taken in turn over seconds: a neighbour's burst is left out,
 a core that stays busy is not.
 """
