@@ -33,7 +33,7 @@ class Blocks:
     · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums: those of T x 2, either way.
 
     What single operations keep for the backward: norm_kept: numbers for each one of a norm's output · head_kept: of
-    norms on heads, the same · activation_kept: 0 where the activation's output is enough for its gradient.
+    norms on heads, the same · activation_kept: 0 where its input or output is enough.
     """
 
     layers: Floats

@@ -35,7 +35,7 @@ def of_config(config: ModelConfig) -> Blocks:
         behind=sum(name.endswith("_post_norm") for name in norms),
         norm_kept=normed,
         head_kept=2 if config.wide_qk_norm else normed,
-        activation_kept=int(config.activation != "relu"),
+        activation_kept=int((config.gated, config.activation) not in ((True, "silu"), (False, "relu"))),
         head_norms=int(config.qk_norm or config.wide_qk_norm),
         turned=config.turned / config.head_size,
         sums=sums,

@@ -90,10 +90,12 @@ def layer_activations(job: Job, share: work.Share, fused: Floats) -> tuple[Float
     sharded = np.where(split.sp > 0, split.tp, 1)
     whole = (width * (blocks.parts + blocks.norms * blocks.norm_kept) + 2 * software.dropout) * share.hidden / sharded
     qkv, qk = share.heads + 2 * share.kv_heads, share.heads + share.kv_heads
-    normed = blocks.head_norms * (qkv + (blocks.head_kept - 1) * qk)
-    viewed = 2 * share.kv_heads * (blocks.turned == 0) * (blocks.head_norms == 0)  # q lies in what the product gave
-    heads = np.where(fused > 0, qkv + share.heads, 5 * share.heads + normed + viewed)
-    wide = np.where(fused > 0, 2 + share.gated, 1 + blocks.activation_kept + 2 * share.gated) * share.feed_forward
+    grouped = share.heads % np.maximum(share.kv_heads, 1) == 0  # else KV heads are copied for each query head
+    normed = blocks.head_norms * ((1 - grouped) * qkv + (blocks.head_kept - 1) * qk)
+    apart = (blocks.turned > 0) | (blocks.head_norms > 0)  # q and k, from what the product gave
+    views = np.where(grouped, qkv + apart * qk, 3 * share.heads + (1 - apart) * 2 * share.kv_heads)
+    heads = np.where(fused > 0, qkv + share.heads, views + 2 * share.heads + normed)
+    wide = np.where(fused > 0, 2 + share.gated, 1 + 2 * share.gated + blocks.activation_kept) * share.feed_forward
     scores = np.where(job.training.flash > 0, 0.0, SCORE_BYTES * share.heads * job.training.sequence)
     begun = np.where(software.blockwise > 0, blocks.parts + blocks.behind * blocks.norm_kept, 1)
     entries = begun * width * share.hidden / sharded
