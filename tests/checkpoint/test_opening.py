@@ -16,6 +16,8 @@ from shardwright.checkpoint.opening import open_checkpoint
 from shardwright.errors import FileError, ShardwrightError, UnsupportedError
 from shardwright.layout.spec import Piece, TensorSpec
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4000000\n"
+
 
 def whole(name: str, *shape: int) -> TensorSpec:
     box = tuple((0, size) for size in shape)
@@ -125,6 +127,13 @@ def test_refuses_a_damaged_index(tmp_path: Path, weight_map: object, problem: st
             FileError,
             "the directory has neither model.safetensors nor model.safetensors.index.json",
         ),
+        ({"config__json": {}, "m__gguf": ""}, FileError, "nor model.safetensors.index.json; pass {where}/m.gguf"),
+        (
+            {"config__json": {}, "model__safetensors": POINTER},
+            FileError,
+            "it is a Git LFS pointer, not the file itself",
+        ),
+        ({"adapter_config__json": {}}, UnsupportedError, "{where}: an adapter is no model; merge it into its own"),
         ({"config__json": "{"}, FileError, "it is not valid JSON"),
         ({"config__json": '{"a": 1, "a": 2}'}, FileError, "the key 'a' occurs twice"),
         ({"config__json": "[]"}, FileError, "it is a JSON list, not an object"),
@@ -147,19 +156,23 @@ def test_refuses_an_incomplete_directory(
 @pytest.mark.parametrize(
     ("name", "kind", "problem"),
     [
-        ("none", FileError, "none: it cannot be opened: No such file or directory; check the path"),
-        ("none.gguf", FileError, "none.gguf: it cannot be opened: No such file or directory; check the path"),
+        ("none", FileError, "none: there is no such file or directory; check the path; a model of a hub is downloaded"),
+        ("none.gguf", FileError, "none.gguf: there is no such file or directory; check the path"),
         (
             "x.safetensors",
             UnsupportedError,
             "weights alone have no config; pass the directory that holds its config.json",
         ),
         ("x.pt", UnsupportedError, "x.pt: a pickle can run any code and is never opened"),
+        ("pointer.gguf", FileError, "pointer.gguf: it is a Git LFS pointer, not the file itself; run git lfs pull"),
         ("notes.txt", FileError, "notes.txt: it does not start with 'GGUF' and a header; pass a .gguf file"),
     ],
 )
 def test_refuses_other_paths(tmp_path: Path, name: str, kind: type[ShardwrightError], problem: str) -> None:
     (tmp_path / "notes.txt").write_text("a file of some other kind")
+    (tmp_path / "pointer.gguf").write_text(POINTER)
+    for empty in ("x.safetensors", "x.pt"):
+        (tmp_path / empty).touch()
     with pytest.raises(kind) as refusal:
         open_checkpoint(tmp_path / name)
     assert problem in str(refusal.value)

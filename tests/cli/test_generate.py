@@ -118,7 +118,7 @@ WRONG = [
     (("--max-tokens", "0", "hi"), 2, "max_tokens=0: "),
     (("--temperature", "nan", "hi"), 2, "temperature=nan: "),
     (("--dtype", "int3", "hi"), 2, "dtype=int3: there is no such weight type; use float32 or bfloat16"),
-    (("--model", "/no/such/model", "hi"), 3, "/no/such/model: it cannot be opened: No such file or directory"),
+    (("--model", "/no/such/model", "hi"), 3, "/no/such/model: there is no such file or directory; check the path"),
     (("--model", "{truncated}", "hi"), 3, "but the file has 60,000,000; download it again"),
     (("--model", "{bert}", "hi"), 4, "architecture 'BertModel' is not supported; supported are FalconForCausalLM"),
 ]

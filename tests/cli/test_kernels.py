@@ -51,4 +51,4 @@ def test_help_is_quick_and_shows_an_example() -> None:
 def test_an_unknown_option_is_refused() -> None:
     done = run("--bogus")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "shardwright: No such option: --bogus; see shardwright --help\n"
+    assert done.stderr == "shardwright: No such option: --bogus; see shardwright kernels --help\n"

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from shardwright.kernels import reference
 from shardwright.layers.rotary import Rotary
@@ -23,6 +25,17 @@ def test_rms_norm_equals_transformers(dtype: torch.dtype) -> None:
     norm.weight.data = random(19, dtype=dtype)
     x = 5 * random(7, 3, 19, dtype=dtype, seed=1)
     assert torch.equal(reference.rms_norm(x, norm.weight, 1e-5), norm(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_norms_rounded_once_equal_transformers(dtype: torch.dtype) -> None:
+    """Bit for bit; OLMo-2 multiplies by the weight, and Gemma by 1 + weight, before the one rounding."""
+    x, weight = 5 * random(7, 3, 19, dtype=dtype, seed=1), random(19, dtype=dtype)
+    kinds = {reference.rms_norm_once: Olmo2RMSNorm, reference.rms_norm_plus_one: Gemma2RMSNorm}
+    for kernel, theirs in kinds.items():
+        norm = theirs(19, eps=1e-5).to(dtype)
+        norm.weight.data = weight
+        assert torch.equal(kernel(x, weight, 1e-5), norm(x))
 
 
 def test_rms_norm_of_zeros_and_of_large_halves() -> None:

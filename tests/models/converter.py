@@ -30,7 +30,7 @@ def write(path: Path, family: str, model: PreTrainedModel, kind: Type = Type.F32
     names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     DESCRIBE.get(family, describe)(writer, model.config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in joined(model).items():
         stem, _, kind_of_parameter = name.rpartition(".")
         values = parameter.detach().numpy()
         if family.startswith("gemma") and stem.endswith("norm"):
@@ -49,6 +49,19 @@ def write(path: Path, family: str, model: PreTrainedModel, kind: Type = Type.F32
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def joined(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Its parameters, with StableLM's norms of the heads of a layer as the rows of one matrix."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        stem, norms, _ = name.partition(".norms.")
+        if norms:
+            rows = found.get(f"{stem}.weight", parameter.data[:0].view(0, len(parameter)))
+            found[f"{stem}.weight"] = torch.cat((rows, parameter.data[None]))
+        else:
+            found[name] = parameter
+    return found
 
 
 def rearranged(family: str, stem: str, rows: int, config: Any) -> np.ndarray | None:

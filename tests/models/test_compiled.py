@@ -94,6 +94,8 @@ LACKING: dict[str, dict[str, Any]] = {
     "attention and MLP side by side": {"block": "parallel_shared"},
     "MLP but SwiGLU": {"activation": "gelu"},
     "norms over all heads at once": {"wide_qk_norm": True},
+    "a norm for each head": {"own_qk_norm": True},
+    "norms rounded once": {"norm": "rms_once"},
     "soft limits": {"logit_cap": 30.0},
     "other scale of scores": {"score_scale": 0.3},
     "scaled embeddings": {"embedding_scale": 3.0},

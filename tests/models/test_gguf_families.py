@@ -64,6 +64,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", GROUPED),
     "stablelm": ("stablelm", WIDE | {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
     "stablelm side by side": ("stablelm", WIDE | {"use_parallel_residual": True}),
+    "stablelm with a norm for each head": ("stablelm", WIDE | {"use_parallel_residual": True, "qk_layernorm": True}),
     "gpt_neox": ("gpt_neox", SMALL | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.7}}),
     "gpt_neox in turn": ("gpt_neox", WIDE | {"use_parallel_residual": False}),
     "falcon 7b": ("falcon", FALCON),

@@ -201,3 +201,29 @@ def test_a_missing_key_is_named(llama: Path, tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(said))
     with pytest.raises(FileError, match=r"config.json: intermediate_size field required; check the file"):
         load(path, SingleGroup())
+
+
+def opened_differently(group: Group, paths: list[str]) -> str:
+    try:
+        load(paths[group.rank], group)
+    except FileError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize(("change", "differ"), [
+    ({"seed": 1}, "weights"),
+    ({"rms_norm_eps": 1e-3}, "configs"),
+    ({"vocab_size": 40}, "configs and headers and weights"),
+])  # fmt: skip
+def test_ranks_that_open_different_files_refuse_before_weights_are_used(
+    saved: Any, change: dict[str, Any], differ: str
+) -> None:
+    """As where a directory is swapped while ranks start, or hosts hold different revisions."""
+    one, same, other = (str(saved("llama", **SIZES | changes)[1]) for changes in ({}, {}, change))
+    assert on_threads(3, opened_differently, [one, same, one]) == ["loaded"] * 3
+    said = on_threads(3, opened_differently, [one, other, same])
+    for path, error in zip((one, other, same), said, strict=True):
+        assert error.startswith(
+            f"{path}: rank 1 and rank 0 opened different files by this name: their {differ} differ;"
+        )

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 BLOCKS: dict[str, dict[str, Any]] = {
-    "post": {"family": "olmo2", "block": "post", "wide_qk_norm": True},
+    "post": {"family": "olmo2", "block": "post", "norm": "rms_once", "wide_qk_norm": True},
     "sandwich": {
         "family": "gemma2",
         "block": "sandwich",

@@ -166,7 +166,7 @@ def test_greedy_texts_equal(saved: Any, family: str, tp: int, page: int) -> None
         assert written == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "olmo2"])
 @pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float16, 11)], ids=["bfloat16", "float16"])
 def test_half_types_load_as_they_are(saved: Any, family: str, dtype: torch.dtype, bits: int) -> None:
     """Logits to eight roundings of a mantissa of `bits`, of the largest logit.

@@ -11,6 +11,9 @@ from typing import Self
 
 from shardwright.errors import FileError, UsageError
 
+POINTER = b"version https://git-lfs"
+"""How a file begins that Git LFS has put in the place of a large one."""
+
 
 class File:
     """Bytes of one file by position. Not shared between threads: the count would tear.
@@ -63,6 +66,12 @@ class File:
                 raise FileError(self.path, f"{problem} (it was shortened while open)", "download it again")
             done += got
         self.bytes_read += done
+
+    def wrong_start(self, problem: str, remedy: str) -> FileError:
+        """The error about a file that does not begin as its kind does: it may stand for one that is elsewhere."""
+        if self.read(0, min(self.size, len(POINTER))) == POINTER:
+            return FileError(self.path, "it is a Git LFS pointer, not the file itself", "run git lfs pull")
+        return FileError(self.path, problem, remedy)
 
     def check_unchanged(self) -> None:
         """Refuse to go on with a file that was written to since it was opened; a second writer within the clock's tick

@@ -68,7 +68,7 @@ def parse_header(file: File) -> tuple[Metadata, dict[str, Entry]]:
     """The same of a file already open."""
     stream = Stream(file)
     if file.size < 24 or stream.take(4, "the magic") != b"GGUF":
-        raise FileError(file.path, "it does not start with 'GGUF' and a header", "pass a .gguf file")
+        raise file.wrong_start("it does not start with 'GGUF' and a header", "pass a .gguf file, or a directory")
     _check_version(file, stream.u32("the version"))
     tensors, pairs = stream.u64("the tensor count"), stream.u64("the metadata count")
     stream.check(tensors, LEAST_TENSOR, f"the table of {tensors:,} tensors")

@@ -31,6 +31,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     where = Path(path)
     if os.path.isdir(where):
         return _open_directory(where)
+    if not os.path.lexists(where):
+        remedy = "check the path; a model of a hub is downloaded first (hf download NAME --local-dir DIRECTORY)"
+        raise FileError(where, "there is no such file or directory", remedy)
     if where.suffix == ".safetensors":
         raise UnsupportedError(f"{path}: weights alone have no config; pass the directory that holds its config.json")
     if where.suffix in PICKLES:
@@ -51,8 +54,11 @@ def _open_directory(where: Path) -> Checkpoint:
     except OSError as error:
         raise FileError(where, f"the directory cannot be read: {error.strerror}", "check its permissions") from None
     if "config.json" not in names:
-        whole = [str(where / name) for name in names if name.endswith(".gguf")]
-        remedy = f"pass {whole[0]}" if whole else "pass a directory written by save_pretrained, or a .gguf file"
+        if "adapter_config.json" in names:
+            raise UnsupportedError(
+                f"{where}: an adapter is no model; merge it into its own with peft: merge_and_unload()"
+            )
+        remedy = _gguf_within(where, names) or "pass a directory written by save_pretrained, or a .gguf file"
         raise FileError(where, "the directory has no config.json", remedy)
     config = read_object(where / "config.json")
     with ExitStack() as stack:
@@ -75,7 +81,12 @@ def _open_weights(where: Path, names: list[str], stack: ExitStack) -> dict[File,
         if name.endswith(PICKLES):
             raise _pickled(where / name)
     problem = "the directory has neither model.safetensors nor model.safetensors.index.json"
-    raise FileError(where, problem, "download the weights too")
+    raise FileError(where, problem, _gguf_within(where, names) or "download the weights too")
+
+
+def _gguf_within(where: Path, names: list[str]) -> str | None:
+    """What to do about a directory of GGUF files."""
+    return next((f"pass {where / name}" for name in names if name.endswith(".gguf")), None)
 
 
 def _open_part(path: Path, tensors: list[str], stack: ExitStack) -> tuple[File, Mapping[str, Entry]]:

@@ -44,7 +44,7 @@ def parse_header(file: File) -> dict[str, Entry]:
     length = int.from_bytes(file.read(0, 8), "little")
     if length > min(MAX_BYTES, file.size - 8):
         problem = f"its header claims {length:,} bytes; {MAX_BYTES:,} are allowed and the file has {file.size:,}"
-        raise FileError(file.path, f"{problem}, or it is no safetensors file", REMEDY)
+        raise file.wrong_start(f"{problem}, or it is no safetensors file", REMEDY)
     table = parse_object(file.path, file.read(8, length), "its header")
     _check_metadata(file, table.pop("__metadata__", {}))
     entries = {name: _entry(file, name, fields, 8 + length) for name, fields in table.items()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from shardwright.checkpoint.entry import Entry, quoted
 from shardwright.checkpoint.file import File
+from shardwright.checkpoint.identity import Identity, identity
 from shardwright.checkpoint.packed import Packed
 from shardwright.checkpoint.quantised import assemble
 from shardwright.checkpoint.stored import Plain, Stored
@@ -35,7 +36,7 @@ class Checkpoint:
     ) -> None:
         self.path = os.fspath(path)
         self.config = config
-        self._files = tuple(files)
+        self._files = {file: tuple(entries.values()) for file, entries in files.items()}
         plain = {name: Plain(file, entry) for file, entries in files.items() for name, entry in entries.items()}
         self.entries = assemble(self.path, config, plain)
         self.header_bytes = sum(file.bytes_read for file in self._files)
@@ -97,6 +98,14 @@ class Checkpoint:
             raise FileError(stored.path, problem, "convert the model again")
         raw = stored.file.read(stored.entry.offset, stored.entry.nbytes)
         return struct.unpack(f"<{stored.shape[0]}f", raw)
+
+    def identity(self) -> Identity:
+        """What ranks compare to know that all have opened the same; reads headers again, and a few bytes of weights."""
+        apart = None if "general.architecture" in self.config else self.config
+        before = sum(file.bytes_read for file in self._files)
+        found = identity(apart, self._files)
+        self.header_bytes += sum(file.bytes_read for file in self._files) - before
+        return found
 
     def adds_nothing(self, name: str) -> bool:
         """Whether it is a bias of zeros beside a packed weight: tools write one for layers that have none."""

@@ -24,6 +24,8 @@ def transfer(stored: Stored, piece: Piece, out: Tensor) -> None:
     target = out.detach()
     if piece.transform == "transpose":
         target = target.permute(tuple(reversed(range(target.dim()))))
+    elif piece.transform == "flatten":
+        target = target[None]
     for source, local in boxes(piece.source_ranges):
         for taken, values in stored.values(source):
             # `local` is where `source` goes; the chunk is as far into the one as into the other.
@@ -56,7 +58,7 @@ def _check(stored: Stored, piece: Piece, out: Tensor) -> None:
         if any(not 0 <= start <= stop <= size for start, stop in ranges):
             raise UsageError("source_ranges", ranges, f"dim {dim} of {piece.source} has {size}", "stay within it")
     taken = tuple(sum(stop - start for start, stop in ranges) for ranges in piece.source_ranges)
-    local = taken[::-1] if piece.transform == "transpose" else taken
+    local = taken[::-1] if piece.transform == "transpose" else taken[1:] if piece.transform == "flatten" else taken
     if tuple(out.shape) != local or out.is_meta:
         shape = f"a tensor with storage of shape {list(local)}"
         raise UsageError("out", list(out.shape), f"{piece.source} fills {shape}", "pass the view of its local ranges")

@@ -62,7 +62,7 @@ def explain(options: ExplainOptions) -> None:
         figures = {"model": str(path), "tp": options.tp, "layers": config.layers, "layer_shown": layer}
         print(json.dumps(figures | {"tensors": tensors}, ensure_ascii=False))
     else:
-        _show(found, layer, config.layers)
+        _show(found, options.tp, layer, config.layers)
 
 
 def _draw(path: Path, found: "Sequence[Holding]", ranks: int, model: Path) -> None:
@@ -72,22 +72,24 @@ def _draw(path: Path, found: "Sequence[Holding]", ranks: int, model: Path) -> No
         raise UsageError("svg", path, "pictures are SVG or PNG", "end the name in .svg")
     if not path.parent.is_dir():
         raise UsageError("svg", path, "there is no such directory", "make it first")
-    bars = [Bar(_label(holding), holding.shape[holding.cut or 0], holding.spans()) for holding in found]
+    bars = [Bar(_label(holding, ranks), holding.shape[holding.cut or 0], holding.spans()) for holding in found]
     holdings(path, bars, ranks, title=f"{model.name} on {ranks} ranks")
 
 
-def _label(holding: "Holding") -> str:
-    cut = "whole everywhere" if holding.cut is None else f"cut along dim {holding.cut}"
+def _label(holding: "Holding", ranks: int) -> str:
+    holders = {piece.rank for piece in holding.slices}
+    where = "everywhere" if len(holders) == ranks else f"on rank {', '.join(map(str, sorted(holders)))}"
+    cut = f"whole {where}" if holding.cut is None else f"cut along dim {holding.cut}"
     return f"{holding.tensor} {list(holding.shape)}, {cut}"
 
 
-def _show(found: "Sequence[Holding]", layer: int, layers: int) -> None:
+def _show(found: "Sequence[Holding]", ranks: int, layer: int, layers: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     for holding in found:
-        console.print(f"\n{_label(holding)}", markup=False)
+        console.print(f"\n{_label(holding, ranks)}", markup=False)
         console.print(f"  [{_picture(holding)}]", markup=False)
         if holding.cut is None:
             continue

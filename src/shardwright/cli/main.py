@@ -60,7 +60,9 @@ def main() -> None:
     except TyperException as error:
         said = error.format_message().rstrip(".")
         if said:  # without a command the help has been printed, and there is nothing to add
-            print(f"shardwright: {said}; see shardwright --help", file=sys.stderr)
+            context = vars(error).get("ctx")  # of errors in a command's own arguments
+            command = f" {context.info_name}" if context and context.parent else ""
+            print(f"shardwright: {said}; see shardwright{command} --help", file=sys.stderr)
         sys.exit(UsageError.exit_code)
     except ShardwrightError as error:
         if isinstance(error, RankError):

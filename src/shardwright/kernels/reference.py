@@ -18,11 +18,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def rms_norm_plus_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x²) + eps) * (1 + weight)`, in float32 to the end (Gemma)."""
+def rms_norm_once(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm`, in float32 to the end, so that half types round once (OLMo-2)."""
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     wide, scale = (x.float(), weight.float()) if narrow else (x, weight)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1 + scale)).to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale).to(x.dtype)
+
+
+def rms_norm_plus_one(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x²) + eps) * (1 + weight)`, in float32 to the end (Gemma)."""
+    return rms_norm_once(x, 1 + (weight.float() if x.dtype in (torch.bfloat16, torch.float16) else weight), eps)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

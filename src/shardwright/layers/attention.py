@@ -14,7 +14,7 @@ from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
-from shardwright.layers.norm import Norm, WideQKNorm
+from shardwright.layers.norm import Norm, OwnQKNorm, WideQKNorm
 from shardwright.layers.rotary import Rope
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -100,14 +100,14 @@ class HeadNormAttention(GroupedAttention):
 
 
 @final
-class WideNormAttention(GroupedAttention):
-    """The same where q and k are normed over all heads at once: another all-reduce of T x 2 forward, and backward."""
+class JointNormAttention(GroupedAttention):
+    """The same where one module norms q and k, as it knows which heads these are (`WideQKNorm`, `OwnQKNorm`)."""
 
     def __init__(
         self,
         qkv: QKVParallelLinear,
         out: RowParallelLinear,
-        qk_norm: WideQKNorm,
+        qk_norm: WideQKNorm | OwnQKNorm,
         scoring: Scoring | None = None,
         turn: Turn = rotary,
     ) -> None:

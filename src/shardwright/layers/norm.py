@@ -48,6 +48,15 @@ class RMSNorm(Norm):
 
 
 @final
+class OnceRMSNorm(Norm):
+    """`x / sqrt(mean(x²) + eps) * w`, rounded once to half types (OLMo-2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., size]` → the same shape."""
+        return reference.rms_norm_once(x, self.weight, self.eps)
+
+
+@final
 class PlusOneRMSNorm(Norm):
     """`x / sqrt(mean(x²) + eps) * (1 + w)` (Gemma)."""
 
@@ -118,3 +127,34 @@ class WideQKNorm(ParallelLayer):
             for i, (x, total, weight) in enumerate(zip(wide, totals, weights, strict=True))
         ]
         return normed[0], normed[1]
+
+
+@final
+class OwnQKNorm(ParallelLayer):
+    """LayerNorm of each query and key head by a weight of its own, without biases, cut by heads (StableLM 2 12B).
+
+    Nothing moves; the weight of a KV head that several ranks hold has a partial gradient.
+    """
+
+    def __init__(
+        self, heads: HeadPartition, head_size: int, group: Group, *, eps: float, name: str = "qk_norm"
+    ) -> None:
+        super().__init__(group, name, heads.query)
+        self.heads, self.head_size, self.eps = heads, head_size, eps
+        self._build()
+
+    def _specs(self, rank: int, dtype: str) -> Specs:
+        return sharding.qk_norm(self.heads, self.head_size, rank, dtype=dtype)
+
+    def reset(self, seed: int = 0) -> None:
+        """All ones."""
+        self.weight.data.fill_(1)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q [T, N_r, D]`, `k [T, K_r, D]` → the same shapes."""
+        weights = torch.split(self.weight.view(-1, self.head_size), [q.shape[1], k.shape[1]])
+        return self._normed(q, weights[0]), self._normed(k, weights[1])
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return (F.layer_norm(wide, (self.head_size,), eps=self.eps) * weight).to(x.dtype)

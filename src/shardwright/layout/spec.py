@@ -12,12 +12,13 @@ from typing import Literal
 
 from shardwright.layout.partition import Range
 
-Transform = Literal["none", "transpose", "rope_unpermute", "less_one"]
+Transform = Literal["none", "transpose", "rope_unpermute", "less_one", "flatten"]
 """What turns a source box into the local box.
 
 `transpose`: the source has its two dims swapped (GPT-2's Conv1D). `rope_unpermute`: the rows are one head whose rotary
 pairs lie side by side (GGUF's Llama: 0, D/2, 1, D/2 + 1, …) and are put back into halves. `less_one`: the source has
-one more (GGUF's Gemma, whose norms multiply by 1 + weight).
+one more (GGUF's Gemma, whose norms multiply by 1 + weight). `flatten`: the piece is one row of a matrix (GGUF's
+StableLM, which has a row a head).
 """
 
 Gradient = Literal["whole", "partial"]

@@ -17,9 +17,9 @@ from shardwright.layers.attention import (
     Attention,
     GroupedAttention,
     HeadNormAttention,
+    JointNormAttention,
     Scoring,
     Turn,
-    WideNormAttention,
 )
 from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
@@ -33,7 +33,7 @@ from shardwright.layers.linear import (
     leave_together,
 )
 from shardwright.layers.mlp import MLP, GatedMLP, PlainMLP, SwiGLU
-from shardwright.layers.norm import LayerNorm, Norm, PlusOneRMSNorm, RMSNorm, WideQKNorm
+from shardwright.layers.norm import LayerNorm, Norm, OnceRMSNorm, OwnQKNorm, PlusOneRMSNorm, RMSNorm, WideQKNorm
 from shardwright.layers.recompute import Block as Run
 from shardwright.layers.rotary import Rope
 from shardwright.layers.rows import Rows
@@ -41,7 +41,12 @@ from shardwright.models import config as models
 from shardwright.models.config import ModelConfig
 from shardwright.models.specs import NORMS_OF, Cuts
 
-NORMS: Mapping[models.Norm, type[Norm]] = {"rms": RMSNorm, "rms_plus_one": PlusOneRMSNorm, "layer": LayerNorm}
+NORMS: Mapping[models.Norm, type[Norm]] = {
+    "rms": RMSNorm,
+    "rms_once": OnceRMSNorm,
+    "rms_plus_one": PlusOneRMSNorm,
+    "layer": LayerNorm,
+}
 
 
 Inner = Callable[[Tensor], Tensor]
@@ -189,9 +194,10 @@ def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> Gro
         inner, config.hidden, group, bias=config.out_bias, gradient=cuts.gradient, name=f"{name}.out"
     )
     scoring = Scoring(scale=config.scale, window=config.window(layer), cap=config.score_cap)
-    if config.wide_qk_norm:
-        norm = WideQKNorm(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
-        return WideNormAttention(qkv, out, norm, scoring, _turn(config))
+    if config.wide_qk_norm or config.own_qk_norm:
+        kind = WideQKNorm if config.wide_qk_norm else OwnQKNorm
+        norm = kind(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
+        return JointNormAttention(qkv, out, norm, scoring, _turn(config))
 
     if not config.qk_norm:
         return Attention(qkv, out, scoring, _turn(config))

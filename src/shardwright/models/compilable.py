@@ -13,6 +13,8 @@ def lacking_in_compiled(config: ModelConfig) -> str | None:
         "attention and MLP side by side": config.block in ("parallel", "parallel_shared"),
         "MLP but SwiGLU": not config.gated or config.activation != "silu",
         "norms over all heads at once": config.wide_qk_norm,
+        "a norm for each head": config.own_qk_norm,
+        "norms rounded once": config.norm == "rms_once",
         "soft limits": bool(config.score_cap or config.logit_cap),
         "other scale of scores": config.score_scale is not None,
         "scaled embeddings": config.embedding_scale != 1,

@@ -6,7 +6,9 @@ from typing import Literal
 from shardwright.errors import UsageError
 from shardwright.models.rope import Frequencies, RopeScaling, plain
 
-Norm = Literal["rms", "rms_plus_one", "layer"]
+Norm = Literal["rms", "rms_once", "rms_plus_one", "layer"]
+"""RMSNorm; rounded once, behind its weight; by 1 + weight, rounded once; LayerNorm."""
+
 Block = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 """Where the norms of a layer are: before attention and MLP; behind each; both; before, with attention and MLP side by
 side, by two norms or by one they share."""
@@ -21,6 +23,7 @@ class ModelConfig:
     family: name of the row in `models.families` · hidden H · feed_forward F · layers · heads N · kv_heads K ·
     head_size D · vocabulary V · context: longest sequence, in tokens · tied: the embedding is the head too · qk_norm:
     RMSNorm on each query and key head · wide_qk_norm: on all query heads as one vector, and on all key heads ·
+    own_qk_norm: LayerNorm on each head, by weights of its own ·
     *_bias: which projections carry a bias · gated: the MLP has a gate beside its up projection · dtype: of the weights,
     by name.
 
@@ -46,6 +49,7 @@ class ModelConfig:
     tied: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    own_qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False

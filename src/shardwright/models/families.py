@@ -20,25 +20,25 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def by_architecture(architecture: object) -> Family:
+def by_architecture(architecture: object, path: str) -> Family:
     """The family of a Hugging Face `architectures` entry, or `UnsupportedError` listing those there are."""
-    return _find(architecture, ((family.architecture, family) for family in FAMILIES))
+    return _find(architecture, ((family.architecture, family) for family in FAMILIES), path)
 
 
-def by_gguf_architecture(architecture: object) -> tuple[Family, GGUF]:
+def by_gguf_architecture(architecture: object, path: str) -> tuple[Family, GGUF]:
     """The family of a GGUF's `general.architecture`, or `UnsupportedError` listing those there are."""
-    return _find(
-        architecture, ((family.gguf.architecture, (family, family.gguf)) for family in FAMILIES if family.gguf)
-    )
+    rows = ((family.gguf.architecture, (family, family.gguf)) for family in FAMILIES if family.gguf)
+    return _find(architecture, rows, path)
 
 
 def by_name(name: str) -> Family:
     """The family of that name."""
-    return _find(name, ((family.name, family) for family in FAMILIES))
+    return _find(name, ((family.name, family) for family in FAMILIES), "config")
 
 
-def _find(name: object, rows: Iterable[tuple[str, Found]]) -> Found:
+def _find(name: object, rows: Iterable[tuple[str, Found]], path: str) -> Found:
     known = dict(rows)
     if not isinstance(name, str) or name not in known:
-        raise UnsupportedError(f"architecture {name!r:.80} is not supported; supported are {', '.join(sorted(known))}")
+        problem = f"architecture {name!r:.80} is not supported"
+        raise UnsupportedError(f"{path}: {problem}; supported are {', '.join(sorted(known))}")
     return known[name]

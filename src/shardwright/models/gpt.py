@@ -1,6 +1,7 @@
 """Families with LayerNorm: StableLM, GPT-NeoX, Falcon, and GPT-2 and OPT, whose positions are learned."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field
@@ -46,11 +47,12 @@ class StableLm(_Divided):
     def traits(self) -> Traits:
         """Side by side, attention and MLP share a norm."""
         block = "parallel_shared" if self.use_parallel_residual else "pre"
-        return {"qkv_bias": self.use_qkv_bias, "norm": "layer", "block": block}
-
-    def differences(self) -> dict[str, bool]:
-        """A LayerNorm of its own for each head."""
-        return super().differences() | {"qk_layernorm": self.qk_layernorm}
+        return {
+            "qkv_bias": self.use_qkv_bias,
+            "norm": "layer",
+            "block": block,
+            "own_qk_norm": self.qk_layernorm,
+        }
 
 
 STABLELM = Family(
@@ -58,10 +60,19 @@ STABLELM = Family(
     architecture="StableLmForCausalLM",
     schema=StableLm,
     keys={"rms_norm_eps": "layer_norm_eps"},
-    huggingface=STANDARD,
+    huggingface=replace(
+        STANDARD,
+        names=HUGGINGFACE
+        | {
+            f"layers.{{i}}.attention.qk_norm.{part}": f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{head}}"
+            for part in "qk"
+        },
+    ),
     gguf=GGUF(
         architecture="stablelm",
-        naming=Naming(names=LLAMACPP),
+        naming=Naming(
+            names=LLAMACPP, transforms={f"layers.{{i}}.attention.qk_norm.{part}": "flatten" for part in "qk"}
+        ),
         keys=LAYER_NORM_EPS,
         implied=lambda tensors: {
             "use_parallel_residual": "blk.0.ffn_norm.weight" not in tensors,

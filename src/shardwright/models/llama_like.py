@@ -185,7 +185,12 @@ class Olmo2(Schema):
 
     def traits(self) -> Traits:
         """Biases as Llama's."""
-        return super().traits() | {"mlp_bias": False, "block": "post", "wide_qk_norm": True}
+        return super().traits() | {
+            "mlp_bias": False,
+            "block": "post",
+            "norm": "rms_once",
+            "wide_qk_norm": True,
+        }
 
 
 OLMO2 = Family(

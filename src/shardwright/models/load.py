@@ -41,18 +41,22 @@ def load(
     dtype: str | None = None,
     progress: Progress | None = None,
     sequence: bool = False,
+    among: Group | None = None,
 ) -> Loaded:
     """Load a Hugging Face directory or a GGUF file over the group's ranks.
 
     dtype: by name; by default the file's own, float32 for a quantised one. Every tensor of the file must have its place
-    in the model, so that what is computed is what was trained. sequence: as in `Cuts`.
+    in the model, so that what is computed is what was trained. sequence: as in `Cuts`. among: the ranks that must have
+    opened the same files, by default the group's.
 
     Raises:
-        FileError, UnsupportedError: the checkpoint is damaged, or of a kind not built; alike on all ranks.
+        FileError, UnsupportedError: the checkpoint is damaged, or of a kind not built, or another one on some rank;
+            alike on all ranks.
         UsageError: an unknown dtype.
     """
     with open_checkpoint(path) as checkpoint:
         checkpoint.will_need()
+        _check_same(checkpoint, among or group)
         config, naming = read_config(checkpoint)
         dtype = dtype or config.dtype
         if dtype not in DTYPES:
@@ -64,6 +68,21 @@ def load(
             model = Decoder(config, group, cuts).to(DTYPES[dtype])
         _fill(model, specs, checkpoint, progress or (lambda done, total: None))
         return Loaded(model, sum(spec.nbytes for spec in specs.values()), checkpoint.bytes_read)
+
+
+def _check_same(checkpoint: Checkpoint, group: Group) -> None:
+    """Refuse, on every rank, files that differ between ranks: a directory swapped in between, another revision."""
+    if group.size == 1:
+        return
+    mine = checkpoint.identity()
+    numbers = torch.tensor(list(mine.values()), dtype=torch.int64)
+    rows = group.all_gather(numbers, 0, [len(mine)] * group.size, tag="checkpoint").view(group.size, -1).tolist()
+    what = [name for name, column in zip(mine, zip(*rows, strict=True), strict=True) if len(set(column)) > 1]
+    if what:
+        others = [str(rank) for rank, row in enumerate(rows) if row != rows[0]]
+        said = f"rank{'s' * (len(others) > 1)} {', '.join(others)}"
+        problem = f"{said} and rank 0 opened different files by this name: their {' and '.join(what)} differ"
+        raise FileError(checkpoint.path, problem, "let all ranks see the same, and try again when nothing replaces it")
 
 
 def _fill(model: Decoder, specs: Specs, checkpoint: Checkpoint, progress: Progress) -> None:

@@ -38,7 +38,8 @@ def read_config(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
 def _from_huggingface(checkpoint: Checkpoint) -> tuple[ModelConfig, Naming]:
     said = checkpoint.config
     architectures = said.get("architectures") or ["(none named in config.json)"]
-    family = by_architecture(architectures[0] if isinstance(architectures, list) else architectures)
+    named = architectures[0] if isinstance(architectures, list) else architectures
+    family = by_architecture(named, _config_path(checkpoint))
     values = {key: value for key, value in said.items() if key not in family.keys}
     values |= {ours: said[theirs] for ours, theirs in family.keys.items() if theirs in said}
     schema = _validated(family.schema, values, _config_path(checkpoint), family.keys)

@@ -81,7 +81,7 @@ def said_by_gguf(checkpoint: Checkpoint) -> Said:
         UnsupportedError: the architecture, or something it asks for, is not built.
     """
     architecture = checkpoint.config["general.architecture"]
-    family, gguf = by_gguf_architecture(architecture)
+    family, gguf = by_gguf_architecture(architecture, checkpoint.path)
     start = f"{architecture}."
     said = {key.removeprefix(start): value for key, value in checkpoint.config.items() if key.startswith(start)}
     keys = {**KEYS, **gguf.keys}

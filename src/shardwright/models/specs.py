@@ -122,7 +122,7 @@ def _layer(config: ModelConfig, cuts: Cuts, rank: int, dtype: str, path: str) ->
         table["mlp.gate_up"] = both
     else:
         table["mlp.up"] = sharding.column_linear(config.hidden, ff, rank, bias=config.mlp_bias, dtype=dtype)
-    if config.wide_qk_norm:
+    if config.wide_qk_norm or config.own_qk_norm:
         table["attention.qk_norm"] = sharding.qk_norm(cuts.heads, config.head_size, rank, dtype=dtype)
     if config.qk_norm:
         norm = _norm(config, config.head_size, cuts, dtype, "partial")
@@ -142,7 +142,10 @@ def _from_checkpoint(spec: TensorSpec, naming: Naming, config: ModelConfig) -> T
 def _translated(piece: Piece, naming: Naming, config: ModelConfig) -> tuple[Piece, ...]:
     module, _, parameter = piece.source.rpartition(".")
     template, layer = _template(module)
-    name = f"{naming.names[template].format(i=layer)}.{parameter}"
+    theirs = f"{naming.names[template]}.{parameter}"
+    if "{head}" in theirs:
+        return tuple(_of_head(part, theirs, layer) for part in split_rows(piece, config.head_size))
+    name = theirs.format(i=layer)
     transform = naming.transforms.get(template, "none")
     parent, _, part = template.rpartition(".")
     if parent in naming.fused:
@@ -152,7 +155,25 @@ def _translated(piece: Piece, naming: Naming, config: ModelConfig) -> tuple[Piec
     if transform == "transpose":  # of biases nothing is swapped
         return (sharding.transposed(named),) if len(piece.source_shape) == 2 else (named,)
     turned = replace(named, transform=transform)
+    if transform == "flatten":
+        return tuple(map(_of_matrix, split_rows(turned, config.head_size)))
     return split_rows(turned, config.head_size) if transform == "rope_unpermute" else (turned,)
+
+
+def _of_head(piece: Piece, name: str, layer: str) -> Piece:
+    """A head's rows of a vector that the checkpoint has in a tensor for each head."""
+    ((start, stop),) = piece.source_ranges[0]
+    size = stop - start
+    source = name.format(i=layer, head=start // size)
+    return replace(piece, source=source, source_shape=(size,), source_ranges=(((0, size),),))
+
+
+def _of_matrix(piece: Piece) -> Piece:
+    """A head's rows of a vector that the checkpoint has as a matrix, a row a head."""
+    ((start, stop),) = piece.source_ranges[0]
+    size, head = stop - start, start // (stop - start)
+    shape = (piece.source_shape[0] // size, size)
+    return replace(piece, source_shape=shape, source_ranges=(((head, head + 1),), ((0, size),)))
 
 
 def _parts(naming: Naming, parent: str, config: ModelConfig) -> tuple[dict[str, int], int]:

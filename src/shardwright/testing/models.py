@@ -30,7 +30,7 @@ SHAPES: Mapping[str, Mapping[str, object]] = {
     "qwen2": {"family": "qwen2", "qkv_bias": True},
     "qwen3": {"family": "qwen3", "qk_norm": True},
     "phi3": {"family": "phi3"},
-    "olmo2": {"family": "olmo2", "block": "post", "wide_qk_norm": True},
+    "olmo2": {"family": "olmo2", "block": "post", "norm": "rms_once", "wide_qk_norm": True},
     "gemma": {
         "family": "gemma",
         "norm": "rms_plus_one",
@@ -41,6 +41,12 @@ SHAPES: Mapping[str, Mapping[str, object]] = {
     "gemma2": {"family": "gemma2", "score_cap": 5.0, "logit_cap": 3.0, **_GEMMA},
     "gemma3": {"family": "gemma3", "qk_norm": True, "local_rope_theta": 100.0, **_GEMMA},
     "stablelm": {"family": "stablelm", "norm": "layer", "rotary_size": 2},
+    "stablelm, a norm for each head": {
+        "family": "stablelm",
+        "norm": "layer",
+        "block": "parallel_shared",
+        "own_qk_norm": True,
+    },
     "gpt_neox": {
         "family": "gpt_neox",
         "norm": "layer",

@@ -133,7 +133,7 @@ class Trainer:
         group, sequence = self.groups.tensor, self.recipe.parallel.sequence
         dtype = self.recipe.train.dtype
         if origin.weights is not None:
-            return load(origin.weights, group, dtype=dtype, sequence=sequence).model
+            return load(origin.weights, group, dtype=dtype, sequence=sequence, among=self.world).model
         model = Decoder(origin.config, group, Cuts.balanced(origin.config, group.size, sequence=sequence))
         model.reset(self.recipe.train.seed)
         return model.to(DTYPES[dtype])
