@@ -1,6 +1,7 @@
 """Tiny random models made and saved by transformers: the oracle that shares no code with ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from shardwright.testing.ranks import Processes
 
 CLASSES = {
     "falcon": "FalconForCausalLM",
@@ -28,6 +31,14 @@ CLASSES = {
     "stablelm": "StableLmForCausalLM",
 }
 """Our name of a family → transformers' class."""
+
+
+@pytest.fixture(scope="session")
+def three_processes() -> Iterator[Processes]:
+    """One set for all tests of models that want three ranks over shared memory."""
+    with closing(Processes(3)) as processes:
+        yield processes
+
 
 Saved = tuple[PreTrainedModel, Path]
 Save = Callable[..., Saved]

@@ -15,7 +15,7 @@ from shardwright.models.decoder import Decoder
 from shardwright.models.execution import obstacle
 from shardwright.models.rope import DynamicScaling, YarnScaling
 from shardwright.testing.models import tiny_config
-from shardwright.testing.ranks import on_processes
+from shardwright.testing.ranks import Processes, on_processes
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -81,10 +81,18 @@ def check_every_variant(group: Group) -> None:
             check_steps(group, changes, dtype)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 7])
-def test_ranks_of_shared_memory_equal_the_torch_path(ranks: int) -> None:
-    """At 7 one rank has no head: it multiplies nothing and takes part in every sum."""
-    on_processes(ranks, check_every_variant)
+def check_parts_then_whole(group: Group) -> None:
+    check_every_variant(group.split([0, 1] if group.rank < 2 else [2, 3, 4, 5, 6]))
+    check_every_variant(group)
+
+
+def test_three_ranks_of_shared_memory_equal_the_torch_path(three_processes: Processes) -> None:
+    three_processes.run(check_every_variant)
+
+
+def test_other_numbers_of_ranks_equal_the_torch_path() -> None:
+    """2 and 5, side by side, then all 7, of which one has no head: it multiplies nothing and is part of every sum."""
+    on_processes(7, check_parts_then_whole)
 
 
 LACKING: dict[str, dict[str, Any]] = {

@@ -31,7 +31,7 @@ from shardwright.layout.spec import Specs
 from shardwright.models.families import FAMILIES
 from shardwright.models.load import load
 from shardwright.testing.models import largest_difference, loss_of
-from shardwright.testing.ranks import on_processes, on_threads
+from shardwright.testing.ranks import Processes, on_threads
 
 SMALL: dict[str, Any] = {
     "hidden_size": 30,
@@ -188,10 +188,11 @@ def check_all_logits(group: Group, saved: list[tuple[str, list[list[float]]]]) -
         check_logits(group, path, TEXTS, expected)
 
 
-def test_logits_equal_on_processes(saved: Any) -> None:
+def test_logits_equal_on_processes(saved: Any, three_processes: Processes) -> None:
     """Over shared memory: the all-reduce of T x 2, blocks side by side, norms around."""
     models = [saved(*VARIANTS[name][:1], **VARIANTS[name][1]) for name in ("olmo2", "falcon 40b", "gemma2", "gpt2")]
-    on_processes(3, check_all_logits, [(str(path), reference_logits(model, TEXTS).tolist()) for model, path in models])
+    expected = [(str(path), reference_logits(model, TEXTS).tolist()) for model, path in models]
+    three_processes.run(check_all_logits, expected)
 
 
 def test_files_of_the_bare_model_load_too(saved: Any, tmp_path: Path) -> None:

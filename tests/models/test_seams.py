@@ -19,7 +19,7 @@ from shardwright.layout.spec import Piece, boxes, split_rows
 from shardwright.models.decoder import Decoder
 from shardwright.models.rope import LongRopeScaling
 from shardwright.testing.models import SHAPES, largest_difference, loss_of, tiny_config, whole_tensors
-from shardwright.testing.ranks import on_processes, on_threads
+from shardwright.testing.ranks import Processes, on_processes, on_threads
 
 SEQUENCES = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [22, 0, 8, 9]]
 VARIANTS: dict[str, Any] = {
@@ -69,10 +69,10 @@ def test_a_rank_without_heads_features_or_words_takes_part() -> None:
     on_threads(24, check_backward, {})
 
 
-def test_one_body_runs_on_threads_and_on_processes() -> None:
+def test_one_body_runs_on_threads_and_on_processes(three_processes: Processes) -> None:
     """Thread groups sum in rank order and gloo in its own: the same loss to rounding in float64, not the same bits."""
     threads = on_threads(3, check_backward, {"tied": True})
-    processes = on_processes(3, check_backward, {"tied": True})
+    processes = three_processes.run(check_backward, {"tied": True})
     assert threads == pytest.approx(processes, rel=1e-14)
 
 

@@ -19,7 +19,7 @@ from shardwright.layers.recompute import Keep, KeepAll, RecomputeBlocks, Recompu
 from shardwright.models.decoder import Decoder
 from shardwright.models.specs import Cuts
 from shardwright.testing.models import largest_difference, loss_of, tiny_config, whole_tensors
-from shardwright.testing.ranks import on_processes, on_threads
+from shardwright.testing.ranks import Processes, on_threads
 
 SEQUENCES = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [22, 0, 8, 9]]
 """14 tokens: a multiple of 2 and 7 only."""
@@ -158,8 +158,8 @@ def test_more_ranks_than_rows_heads_features_and_words() -> None:
     on_threads(24, check, {}, True, "full", 0.0, [[3, 1, 4]])
 
 
-def test_sequence_parallelism_over_processes() -> None:
-    on_processes(3, check, {"tied": True}, True, "full")
+def test_sequence_parallelism_over_processes(three_processes: Processes) -> None:
+    three_processes.run(check, {"tied": True}, True, "full")
 
 
 def test_norms_under_sequence_parallelism_are_reduced_exactly_once() -> None:

@@ -20,7 +20,7 @@ from shardwright.layers.kv import PagedKV
 from shardwright.models.decoder import Decoder
 from shardwright.models.load import load
 from shardwright.testing.models import largest_difference, loss_of
-from shardwright.testing.ranks import on_processes, on_threads
+from shardwright.testing.ranks import Processes, on_threads
 
 FLOAT32 = 1e-4
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
@@ -150,10 +150,10 @@ def test_logits_equal_on_many_more(saved: Any, model: tuple[str, dict[str, Any]]
     on_threads(tp, check_logits, str(path), sequences, reference_logits(twin, sequences).tolist())
 
 
-def test_logits_equal_on_processes(saved: Any) -> None:
+def test_logits_equal_on_processes(saved: Any, three_processes: Processes) -> None:
     """Gloo sums in an order of its own: the same tolerance."""
     twin, path = saved("qwen3", **SMALL, attention_bias=True)
-    on_processes(3, check_logits, str(path), TEXTS, reference_logits(twin, TEXTS).tolist())
+    three_processes.run(check_logits, str(path), TEXTS, reference_logits(twin, TEXTS).tolist())
 
 
 @pytest.mark.parametrize(("tp", "page"), [(1, 64), (2, 1), (3, 4), (6, 7)])

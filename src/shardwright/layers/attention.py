@@ -14,7 +14,7 @@ from shardwright.layers.batch import Batch
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
-from shardwright.layers.norm import Norm, OwnQKNorm, WideQKNorm
+from shardwright.layers.norm import Norm, QKNorm
 from shardwright.layers.rotary import Rope
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,13 +101,13 @@ class HeadNormAttention(GroupedAttention):
 
 @final
 class JointNormAttention(GroupedAttention):
-    """The same where one module norms q and k, as it knows which heads these are (`WideQKNorm`, `OwnQKNorm`)."""
+    """The same where one module norms q and k, as it knows which heads these are."""
 
     def __init__(
         self,
         qkv: QKVParallelLinear,
         out: RowParallelLinear,
-        qk_norm: WideQKNorm | OwnQKNorm,
+        qk_norm: QKNorm,
         scoring: Scoring | None = None,
         turn: Turn = rotary,
     ) -> None:

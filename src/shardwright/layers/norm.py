@@ -1,5 +1,6 @@
 """The norms that every rank holds whole, and the one over all heads that is cut by heads."""
 
+from abc import ABC, abstractmethod
 from typing import final
 
 import torch
@@ -88,22 +89,14 @@ class LayerNorm(Norm):
         return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
 
 
-@final
-class WideQKNorm(ParallelLayer):
-    """RMSNorm of all query heads as one vector, and of all key heads as another, cut by heads (OLMo-2).
-
-    forward:   one all-reduce of T x 2, the sums of squares        backward:  one of T x 2
-
-    A KV head that several ranks hold is counted by the lowest of them.
-    """
+class QKNorm(ParallelLayer, ABC):
+    """A norm of queries and keys that knows which heads these are; its weight is cut by heads."""
 
     def __init__(
         self, heads: HeadPartition, head_size: int, group: Group, *, eps: float, name: str = "qk_norm"
     ) -> None:
         super().__init__(group, name, heads.query)
         self.heads, self.head_size, self.eps = heads, head_size, eps
-        start, stop = heads.kv_range(group.rank)
-        self.first_counted = int(start < stop and heads.kv_holders(start)[0] != group.rank)
         self._build()
 
     def _specs(self, rank: int, dtype: str) -> Specs:
@@ -113,10 +106,26 @@ class WideQKNorm(ParallelLayer):
         """All ones."""
         self.weight.data.fill_(1)
 
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q [T, N_r, D]`, `k [T, K_r, D]` → the same shapes."""
+
+
+@final
+class WideQKNorm(QKNorm):
+    """RMSNorm of all query heads as one vector, and of all key heads as another (OLMo-2).
+
+    forward:   one all-reduce of T x 2, the sums of squares        backward:  one of T x 2
+
+    A KV head that several ranks hold is counted by the lowest of them.
+    """
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """`q [T, N_r, D]`, `k [T, K_r, D]` → the same shapes."""
         wide = (q.float(), k.float()) if q.dtype in (torch.bfloat16, torch.float16) else (q, k)
-        counted = wide[0], wide[1][:, self.first_counted :]
+        start, stop = self.heads.kv_range(self.group.rank)
+        others = int(start < stop and self.heads.kv_holders(start)[0] != self.group.rank)
+        counted = wide[0], wide[1][:, others:]
         squares = torch.stack([x.square().sum((1, 2)) for x in counted], 1)
         # Each rank's heads need the sum, so its gradient comes from all of them: a reduce, then a copy.
         squares = regions.copy(regions.reduce(squares, self.group, self.name), self.group, self.name)
@@ -130,25 +139,11 @@ class WideQKNorm(ParallelLayer):
 
 
 @final
-class OwnQKNorm(ParallelLayer):
-    """LayerNorm of each query and key head by a weight of its own, without biases, cut by heads (StableLM 2 12B).
+class OwnQKNorm(QKNorm):
+    """LayerNorm of each query and key head by a weight of its own, without biases (StableLM 2 12B).
 
     Nothing moves; the weight of a KV head that several ranks hold has a partial gradient.
     """
-
-    def __init__(
-        self, heads: HeadPartition, head_size: int, group: Group, *, eps: float, name: str = "qk_norm"
-    ) -> None:
-        super().__init__(group, name, heads.query)
-        self.heads, self.head_size, self.eps = heads, head_size, eps
-        self._build()
-
-    def _specs(self, rank: int, dtype: str) -> Specs:
-        return sharding.qk_norm(self.heads, self.head_size, rank, dtype=dtype)
-
-    def reset(self, seed: int = 0) -> None:
-        """All ones."""
-        self.weight.data.fill_(1)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """`q [T, N_r, D]`, `k [T, K_r, D]` → the same shapes."""
