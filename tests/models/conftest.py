@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Save:
 
     def save(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Saved:
         model_class = getattr(transformers, CLASSES[family])
-        model = model_class(model_class.config_class(attn_implementation="eager", **sizes)).to(dtype).eval()
+        model = model_class(model_class.config_class(**{"attn_implementation": "eager"} | sizes)).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name else 0.0

@@ -108,6 +108,7 @@ LACKING: dict[str, dict[str, Any]] = {
     "other scale of scores": {"score_scale": 0.3},
     "scaled embeddings": {"embedding_scale": 3.0},
     "learned positions": {"learned_positions": 64},
+    "positions as biases of scores": {"alibi": True},
     "second rotary base": {"windows": (3, 0), "local_rope_theta": 100.0},
     "angles that follow a text's length": {"rope_scaling": DynamicScaling(factor=2.0, context=8)},
 }

@@ -53,6 +53,8 @@ TEXTS = [[(7 * i * i + 3 * i + 1) % 22 for i in range(17)], [21], [0, 7]]
 """Without the padding token: transformers gives its embedding no gradient."""
 FALCON = {key: SMALL[key] for key in SMALL.keys() - {"num_key_value_heads", "head_dim", "intermediate_size"}}
 GROUPED_FALCON = {"new_decoder_architecture": True, "hidden_size": 36, "num_attention_heads": 6, "num_kv_heads": 2}
+ALIBI = {"alibi": True, "attn_implementation": "sdpa"}
+"""Eager, transformers adds the biases twice: to the mask, and to the scores."""
 GPT2 = {
     "n_embd": 35,
     "n_head": 5,
@@ -101,6 +103,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon 11b": ("falcon", FALCON | {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "bias": True}),
     "falcon in turn": ("falcon", FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon with ALiBi": ("falcon", FALCON | ALIBI | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "falcon 40b with ALiBi": ("falcon", FALCON | GROUPED_FALCON | ALIBI),
     "gpt2": ("gpt2", GPT2),
     "opt": ("opt", SMALL | {"ffn_dim": 11}),
     **{

@@ -105,7 +105,6 @@ NAMED_OTHERWISE = {"n_embd": 12, "n_head": 3, "n_layer": 2, "vocab_size": 7}
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ("Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
      "rope_type 'linear' in layers with a window"),
-    ("FalconForCausalLM", {"alibi": True}, "alibi"),
     ("FalconForCausalLM", {"new_decoder_architecture": True, "parallel_attn": False}, "new_decoder_architecture"),
     ("FalconForCausalLM", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn 2 without"),
     ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True, **NAMED_OTHERWISE}, "scale_attn_by_inverse_layer"),

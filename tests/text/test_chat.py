@@ -194,10 +194,10 @@ DOUBLING = "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n
     ],
 )
 def test_a_template_neither_runs_for_ever_nor_fills_the_machine(template: str, message: str) -> None:
-    start = time.monotonic()
+    start, seconds = time.monotonic(), 1 if "longer" in message else 10  # a busy machine takes long to fill its memory
     with pytest.raises(FileError, match=f"^m.gguf: its chat template {message}; use --raw$"):
-        render(template, [[{"role": "user", "content": "x"}]], origin="m.gguf", seconds=1)
-    assert time.monotonic() - start < 3
+        render(template, [[{"role": "user", "content": "x"}]], origin="m.gguf", seconds=seconds)
+    assert time.monotonic() - start < seconds + 2
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     assert not any(b"render.py" in Path(f"/proc/{child}/cmdline").read_bytes() for child in children)
 

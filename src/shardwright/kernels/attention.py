@@ -11,21 +11,36 @@ from shardwright.kernels.select import select
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_index: Sequence[int],
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    slopes: Sequence[float] = (),
 ) -> Tensor:
     """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`.
 
-    window: tokens a position looks back over, itself included; 0 for all · cap: of the scores, by tanh; 0 for none.
+    window: tokens a position looks back over, itself included; 0 for all, and wherever there are slopes · cap: of the
+    scores, by tanh; 0 for none · slopes: of each query head, where positions are biases of scores (`reference.alibi`).
     """
     unseen = len(k) - len(q) - window + 1
     if window and unseen > 0:  # nobody looks that far back
         k, v = k[unseen:], v[unseen:]
     implementation = select("attention", q.device.type, q.dtype, mode="capped" if cap else "plain")
-    return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap)
+    return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap, slopes)
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_index: Sequence[int],
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    slopes: Sequence[float] = (),
 ) -> Tensor:
     if cap:
         raise AssertionError("the fused attention caps no scores")
@@ -36,8 +51,11 @@ def _fused(
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
     length, held = q.shape[0], k.shape[0]
     windowed = 0 < window < held
-    whole = length == held and not windowed
-    mask = None if whole or (length <= 1 and not windowed) else reference.visible(length, held, window, q.device)
+    whole = length == held and not windowed and not slopes
+    plain = whole or (length <= 1 and not windowed and not slopes)
+    mask = None if plain else reference.visible(length, held, window, q.device)
+    if mask is not None and slopes:
+        mask = (reference.alibi(slopes, k) * scale).masked_fill(~mask, float("-inf"))
     y = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped
     )

@@ -55,21 +55,41 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, kv_index: Sequence[int], scale: float, window: int = 0, cap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_index: Sequence[int],
+    scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    slopes: Sequence[float] = (),
 ) -> Tensor:
     """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
 
     kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks. window: how many
-    tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`.
+    tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`. slopes:
+    see `alibi`.
     """
     index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
     keys, values = k.index_select(1, index).transpose(0, 1), v.index_select(1, index).transpose(0, 1)
     scores = q.transpose(0, 1) @ keys.transpose(1, 2) * scale
     if cap:
         scores = (scores / cap).tanh() * cap
+    if slopes:
+        scores = scores + alibi(slopes, k) * scale
     hidden = ~visible(q.shape[0], k.shape[0], window, q.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=_wide(q)).to(q.dtype)
     return (weights @ values).transpose(0, 1)
+
+
+def alibi(slopes: Sequence[float], k: Tensor) -> Tensor:
+    """What is added to the scores of each query head, unscaled, `[N_r, 1, L]`: its slope times a key's position.
+
+    Press et al. 2022; rounded to bfloat16, as Falcon was trained and transformers computes it.
+    """
+    positions = torch.arange(len(k), device=k.device)
+    bias = torch.tensor(slopes, dtype=torch.bfloat16, device=k.device)[:, None, None] * positions
+    return bias.to(k.dtype)
 
 
 def visible(length: int, held: int, window: int, device: torch.device) -> Tensor:

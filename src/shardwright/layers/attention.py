@@ -23,11 +23,14 @@ Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How scores come about. scale: of q k.T · window: tokens looked back over, 0: all · cap: by tanh, 0: none."""
+    """How scores come about. scale: of q k.T · window: tokens looked back over, 0: all · cap: by tanh, 0: none ·
+    slopes: of all query heads, where positions are biases of scores.
+    """
 
     scale: float
     window: int = 0
     cap: float = 0.0
+    slopes: tuple[float, ...] = ()
 
 
 class GroupedAttention(nn.Module, ABC):
@@ -43,6 +46,7 @@ class GroupedAttention(nn.Module, ABC):
         self.heads, self.kv_heads = qkv.heads.query.widths[rank], qkv.heads.kv_width(rank)
         self.kv_index = qkv.heads.kv_index(rank)
         self.scoring = scoring or Scoring(scale=self.head_size**-0.5)
+        self.slopes = self.scoring.slopes[slice(*qkv.heads.query.range(rank))]
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
         """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
@@ -61,7 +65,7 @@ class GroupedAttention(nn.Module, ABC):
         q, k = self.turn(q, *rope), self.turn(k, *rope)
         how, sequences = self.scoring, zip(batch.ranges, kv.extend(batch, k, v), strict=True)
         parts = [
-            attention(q[start:stop], *past, self.kv_index, how.scale, how.window, how.cap)
+            attention(q[start:stop], *past, self.kv_index, how.scale, how.window, how.cap, self.slopes)
             for (start, stop), past in sequences
         ] or [q]
         return torch.cat(parts).reshape(len(q), self.heads * self.head_size)

@@ -193,7 +193,8 @@ def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> Gro
     out = RowParallelLinear(
         inner, config.hidden, group, bias=config.out_bias, gradient=cuts.gradient, name=f"{name}.out"
     )
-    scoring = Scoring(scale=config.scale, window=config.window(layer), cap=config.score_cap)
+    slopes = alibi_slopes(config.heads) if config.alibi else ()
+    scoring = Scoring(scale=config.scale, window=config.window(layer), cap=config.score_cap, slopes=slopes)
     if config.wide_qk_norm or config.own_qk_norm:
         kind = WideQKNorm if config.wide_qk_norm else OwnQKNorm
         norm = kind(cuts.heads, size, group, eps=eps, name=f"{name}.qk_norm")
@@ -206,6 +207,15 @@ def _attention(config: ModelConfig, cuts: Cuts, group: Group, layer: int) -> Gro
         return NORMS[config.norm](size, group, eps=eps, gradient="partial", name=f"{name}.{part}")
 
     return HeadNormAttention(qkv, out, head_norm("q_norm"), head_norm("k_norm"), scoring, _turn(config))
+
+
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Of ALiBi: powers of `2^(-8/n)` for the largest power of two n among the heads, then the odd ones of twice as many
+    (Press et al. 2022, as published with the paper).
+    """
+    n = 1 << (heads.bit_length() - 1)
+    powers = [8 * (i + 1) / n for i in range(n)] + [4 * (2 * i + 1) / n for i in range(heads - n)]
+    return tuple(2.0**-power for power in powers)
 
 
 def _turn(config: ModelConfig) -> Turn:

@@ -19,6 +19,7 @@ def lacking_in_compiled(config: ModelConfig) -> str | None:
         "other scale of scores": config.score_scale is not None,
         "scaled embeddings": config.embedding_scale != 1,
         "learned positions": config.learned_positions > 0,
+        "positions as biases of scores": config.alibi,
         "second rotary base": config.local_rope_theta is not None,
         "angles that follow a text's length": scaling is not None and scaling.follows_length,
     }

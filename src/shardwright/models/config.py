@@ -28,7 +28,8 @@ class ModelConfig:
     by name.
 
     rotary_size: how many dims of a head are turned, all by default · learned_positions: rows of a table of positions
-    that is added to the embedding, from row position_offset on, where nothing is turned · windows: for each layer the
+    that is added to the embedding, from row position_offset on, where nothing is turned · alibi: positions are biases
+    of scores, and nothing is turned either · windows: for each layer the
     tokens it looks back over, 0 for all; empty where all layers look at all · local_rope_theta: base of the layers with
     a window, where it is another · score_scale: of attention scores, `D^-0.5` by default · score_cap, logit_cap: soft
     limits by tanh, 0 for none · embedding_scale: what embeddings are multiplied by.
@@ -61,6 +62,7 @@ class ModelConfig:
     rotary_size: int | None = None
     learned_positions: int = 0
     position_offset: int = 0
+    alibi: bool = False
     windows: tuple[int, ...] = ()
     local_rope_theta: float | None = None
     score_scale: float | None = None
@@ -84,8 +86,8 @@ class ModelConfig:
 
     @property
     def turned(self) -> int:
-        """Dims of a head that rotary embedding turns; none where positions are learned."""
-        if self.learned_positions:
+        """Dims of a head that rotary embedding turns; none where positions are learned, or biases."""
+        if self.learned_positions or self.alibi:
             return 0
         return self.head_size if self.rotary_size is None else self.rotary_size
 

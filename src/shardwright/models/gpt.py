@@ -168,14 +168,14 @@ class Falcon(_Divided):
             "gated": False,
             "norm": "layer",
             "block": "parallel" if two else "parallel_shared" if side_by_side else "pre",
+            "alibi": self.alibi,
         }
 
     def differences(self) -> dict[str, bool]:
-        """Positions as biases of scores; two norms where the new decoder is not."""
+        """Two norms where the new decoder is not."""
         two = not self.new_decoder_architecture and self.num_ln_in_parallel_attn == 2
         sequential = self.new_decoder_architecture and not self.parallel_attn
         return super().differences() | {
-            "alibi": self.alibi,
             "num_ln_in_parallel_attn 2 without new_decoder_architecture": two and self.parallel_attn,
             "new_decoder_architecture without parallel_attn": sequential,
         }

@@ -85,7 +85,7 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
         "tied": tied,
         "activation": ACTIVATIONS[schema.hidden_act],
     } | schema.traits()
-    turned = 0 if said.get("learned_positions") else said["rotary_size"]
+    turned = 0 if said.get("learned_positions") or said.get("alibi") else said["rotary_size"]
     if heads % schema.kv_heads or not size or turned % 2 or turned > size:
         problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}"
         raise FileError(path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")

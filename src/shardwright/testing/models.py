@@ -56,6 +56,7 @@ SHAPES: Mapping[str, Mapping[str, object]] = {
         **_BIASES,
     },
     "falcon": {"family": "falcon", "norm": "layer", "block": "parallel_shared", "gated": False, "activation": "gelu"},
+    "falcon, ALiBi": {"family": "falcon", "norm": "layer", "gated": False, "alibi": True},
     "falcon, two norms": {"family": "falcon", "norm": "layer", "block": "parallel", "gated": False, "tied": True},
     "gpt2": {"family": "gpt2", "norm": "layer", "gated": False, "learned_positions": 64, "tied": True, **_BIASES},
     "opt": {
