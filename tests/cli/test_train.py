@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,8 @@ def test_tp_overrides_the_recipe(home: Path) -> None:
     ("tensor = 3", "tensor = 3\npipeline = 2", 2, "shardwright: parallel.pipeline=2: only one stage is trained so far"),
     ("text.txt", "gone.txt", 3, "gone.txt: there is no such file or directory; check data.paths"),
     ("sequence = 16", "sequence = 99", 2, "shardwright: data.sequence=99: the model's context is 64 tokens"),
+    ('"run"', '"text.txt"', 3, "text.txt: it cannot be written: File exists; free space, or use another output.dir"),
+    ("tokenizer = 280", "tokenizer = 3", 2, "shardwright: data.tokenizer=3: every byte is a word, and so is the end"),
     ("Qwen3For", "QwenXFor", 4, "shardwright: architecture 'QwenXForCausalLM' is not supported"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line_from_one_rank(home: Path, old: str, new: str, code: int, message: str) -> None:
@@ -141,3 +145,52 @@ def test_what_is_wrong_is_one_line_from_one_rank(home: Path, old: str, new: str,
     assert len(done.stderr.splitlines()) == 1
     assert not done.stdout
     assert subprocess.run(["pgrep", "-f", str(home)], capture_output=True).returncode == 1
+
+
+def started(home: Path) -> "subprocess.Popen[str]":
+    """A run of so many steps that it does not end by itself, after its first ones."""
+    (home / "recipe.toml").write_text(
+        RECIPE.replace("steps = 6", "steps = 100000") + "[guard]\nprogress_timeout = 1.5\n"
+    )
+    command = [sys.executable, "-m", "shardwright", "train", "recipe.toml"]
+    process = subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 9/"):
+            break
+    return process
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_a_rank_that_stops_is_named_when_the_recipes_patience_ends(home: Path) -> None:
+    process = started(home)
+    ranks = ranks_of(process)
+    stopped = ranks[1]
+    os.kill(stopped, signal.SIGSTOP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5, said
+    assert f"shardwright: rank 1 (pid {stopped}) is stopped and has not entered" in said.splitlines()[-1]
+    assert "for 1.5 s, the progress timeout" in said.splitlines()[-1]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.parametrize(("signalled", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_ends_at_once_without_a_word_and_goes_on_later(
+    home: Path, signalled: signal.Signals, code: int
+) -> None:
+    """Within two seconds, as an idle one; what is resumed is the newest checkpoint."""
+    process = started(home)
+    ranks, at = ranks_of(process), time.monotonic()
+    process.send_signal(signalled)
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - at < 2
+    assert (process.returncode, said) == (code, "")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    (home / "recipe.toml").write_text(RECIPE.replace("steps = 6", "steps = 7"))
+    newest = max(path.name for path in (home / "run" / "checkpoints").iterdir() if (path / "manifest.json").exists())
+    assert int(newest.removeprefix("step-")) >= 6
+    done = shardwright("train", "recipe.toml", home=home)
+    assert done.stdout.splitlines()[0] == f"resumed after step {int(newest.removeprefix('step-'))}"

@@ -57,7 +57,7 @@ def summed(group: Group, method: Method) -> tuple[list[float], int, float]:
 
 @pytest.mark.parametrize(("method", "fraction"), [("bf16", 1 / 2), ("int8", 1 / 4), ("1bit", 1 / 32)])
 def test_the_payload_is_a_fraction_and_the_sum_exact(method: Method, fraction: float) -> None:
-    """Bytes as the recorder sees them: the fraction, and for the last two one float32 in 2048. All ranks hold the same
+    """Bytes as the recorder sees them: the fraction, and for the last two one float32 a block. All ranks hold the same
     bits, those of what was sent, summed in rank order.
     """
     found = on_threads(3, summed, method)

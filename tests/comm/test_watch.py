@@ -172,7 +172,7 @@ def test_a_stopped_rank_is_named_when_patience_ends(deaths: dict[str, Any], oper
     found = deaths[f"stops {operation}"]
     assert found["type"] == "CommError"
     assert f"rank 1 (pid {found['pid']}) is stopped and has not entered {operation.split()[0]}" in found["message"]
-    assert f"for {TIMEOUT:g} s; continue or end it" in found["message"]
+    assert f"for {TIMEOUT:g} s, the progress timeout; continue or end it" in found["message"]
     assert {verdict["type"] for verdict in found["told"]} <= {"CommError", "AbortedError"}
     assert TIMEOUT < found["soon"] < TIMEOUT + 2 * SOON
     assert found["seconds"] < TIMEOUT + GRACE + 2 * SOON, "the stopped one is killed"

@@ -1,5 +1,6 @@
 """Checkpoints cut for other ranks and exported to transformers: the same bits, in bounded memory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +175,20 @@ def test_a_recipe_of_a_pretrained_model_trains(tmp_path: Path) -> None:
         run(recipe)
         found.append(losses(recipe))
     assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_dropout_that_a_pretrained_model_asks_for_is_said_not_to_be_applied(tmp_path: Path) -> None:
+    place = pretrained(tmp_path, torch.float32)
+    said = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**said, "attention_dropout": 0.1}))
+    recipe = recipe_of(
+        tmp_path,
+        model={"path": "pretrained", "config": None},
+        data={"tokenizer": "model"},
+        train={"dropout": 0.2},
+        output={"directory": "tuned"},
+    )
+    told: list[dict[str, Any]] = []
+    Trainer(recipe, SingleGroup(), report=told.append)
+    expected = "the model's attention_dropout=0.1 is not applied: training drops by train.dropout=0.2 alone"
+    assert told == [{"warning": expected}]

@@ -61,3 +61,27 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[14] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_a_settled_second_moment_stays_and_bounds_every_move() -> None:
+    """By the formula in float64: m / sqrt(v) with v, and its bias, as after three updates; an element whose gradients
+    were none until then moves by the learning rate and no more.
+    """
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    flat = FlatParameters({"x": parameter})
+    optimizer = ShardedAdamW(
+        flat, (0, 3), OptimizerPart(lr=0.1, betas=(0.8, 0.9), eps=1e-8, weight_decay=0.0), settled=3
+    )
+    gradients = torch.tensor([[0.3, -0.4, 0.0], [0.2, 0.1, 0.0], [0.5, 0.2, 0.0], [0.1, -0.3, 2.0]]).double()
+    for gradient in gradients[:3]:
+        flat.grad.copy_(gradient)
+        optimizer.step(0.1)
+    before, square = parameter.detach().clone(), optimizer.vectors["exp_avg_sq"].clone()
+    flat.grad.copy_(gradients[3])
+    optimizer.step(0.1)
+    assert torch.equal(optimizer.vectors["exp_avg_sq"], square)
+    average = sum(0.2 * 0.8 ** (3 - at) * gradient for at, gradient in enumerate(gradients)) / (1 - 0.8**4)
+    size = (sum(0.1 * 0.9 ** (2 - at) * gradient**2 for at, gradient in enumerate(gradients[:3])) / (1 - 0.9**3)).sqrt()
+    expected = before - 0.1 * (average / (size + 1e-8)).clamp(-1, 1)
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert float(before[2] - parameter[2].detach()) == pytest.approx(0.1)

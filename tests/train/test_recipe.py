@@ -25,7 +25,10 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
     ({"model": {"path": "x"}}, r"model=path and config: exactly one of them is given; drop the other one"),
     ({"model": {"config": None}}, r"model=path and config: exactly one of them is given"),
     ({"model": {"config": None, "path": "x"}}, r"data.tokenizer=280: a trained model knows its own tokens only"),
+    ({"data": {"tokenizer": 256}}, r"data.tokenizer=256: every byte is a word, and so is the end"),
+    ({"model": {"config": {"attention_dropout": 0.1}}}, r"model.config.attention_dropout=0.1: no dropout is taken"),
     ({"output": {"sample_every": 2}}, r"output.sample_prompt='': a sample continues some text; give a prompt"),
+    ({"parallel": {"compression": "1bit", "uncompressed_steps": 0}}, r"parallel.uncompressed_steps=0: signs"),
     ({"optimizer": {"lr": float("nan")}}, r"optimizer.lr=nan: input should be a finite number"),
 ])  # fmt: skip
 def test_what_contradicts_or_does_not_exist_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

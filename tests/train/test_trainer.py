@@ -50,25 +50,26 @@ def test_the_optimiser_shared_or_whole_gives_the_same(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(("compression", "behind"), [("bf16", 0.01), ("int8", 0.05), ("1bit", 0.3)])
-def test_compressed_gradients_lower_the_loss_too(tmp_path: Path, compression: str, behind: float) -> None:
-    """Forty steps after ten uncompressed, in which the whole gradient's loss falls by more than a third.
+def test_compressed_gradients_lower_the_loss_as_whole_ones_do(tmp_path: Path) -> None:
+    """Forty steps after forty uncompressed ones, in which the whole gradient's loss falls by a fifth and more.
 
-    A sign alone is noise to AdamW's second moment where a gradient is nearly zero: it follows, some steps behind.
+    bf16 and int8 to a thousandth. A sign with 1/256 of the scales follows a few steps behind in rows of 20 elements, of
+    which a dozen share a scale; benchmarks/compressed.py has a model with longer ones.
     """
-    found = {}
-    for method in ("none", compression):
+    found, behind = {}, {"bf16": 0.001, "int8": 0.001, "1bit": 0.08}
+    for method in ("none", *behind):
         (tmp_path / method).mkdir()
-        parallel = {"data": 2, "compression": method, "uncompressed_steps": 10}
-        recipe = recipe_of(tmp_path / method, train={"steps": 50}, parallel=parallel)
+        parallel = {"data": 2, "compression": method, "uncompressed_steps": 40}
+        recipe = recipe_of(tmp_path / method, train={"steps": 80}, parallel=parallel)
         run(recipe)
         found[method] = losses(recipe)
-    assert found[compression][:10] == found["none"][:10]
-    assert found[compression][10:] != found["none"][10:]
-    last = {method: sum(each[-5:]) / 5 for method, each in found.items()}
-    assert last["none"] < 0.67 * found["none"][0]
-    assert last[compression] == pytest.approx(last["none"], rel=behind)
-    assert last[compression] < 0.8 * sum(found["none"][5:10]) / 5
+    before, last = sum(found["none"][35:40]) / 5, {method: sum(each[-5:]) / 5 for method, each in found.items()}
+    assert last["none"] < 0.8 * before
+    for method, share in behind.items():
+        assert found[method][:40] == found["none"][:40]
+        assert found[method][40:] != found["none"][40:]
+        assert last[method] == pytest.approx(last["none"], rel=share), method
+        assert last[method] < 0.85 * before
 
 
 def test_micro_batches_and_recomputation_change_rounding_only(tmp_path: Path) -> None:
@@ -236,3 +237,13 @@ def test_a_data_file_that_vanishes_between_runs_is_named(tmp_path: Path) -> None
     (tmp_path / "text.txt").unlink()
     with pytest.raises(FileError, match=r"text.txt: there is no such file"):
         Trainer(recipe, SingleGroup())
+
+
+def test_every_group_of_a_run_is_as_patient_as_the_recipe_says(tmp_path: Path) -> None:
+    """120 s by default; that a stopped rank is then named is shown over processes in tests/cli/test_train.py."""
+
+    def body(group: Group) -> set[float]:
+        groups = Trainer(recipe_of(tmp_path, parallel={"tensor": 2, "data": 2}), group).groups
+        return {each.timeout_s for each in (group, groups.tensor, groups.data)}
+
+    assert on_threads(4, body) == [{120.0}] * 4

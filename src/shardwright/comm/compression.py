@@ -18,8 +18,8 @@ from shardwright.errors import UsageError
 Method = Literal["bf16", "int8", "1bit"]
 METHODS: tuple[Method, ...] = ("bf16", "int8", "1bit")
 
-BLOCK = 2048
-"""Elements that share one float32 scale: 1/2048 of an uncompressed gradient's bytes."""
+BLOCK = 256
+"""Elements that share one float32 scale: 1/256 of an uncompressed gradient's bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def compress_gradient(gradient: Tensor, method: Method) -> CompressedGradient:
     method  each element                                bytes an element
     ======  ==========================================  ===================
     bf16    rounded to bfloat16                         2
-    int8    a 127th of its block's largest, rounded     1 + 4 / 2048
-    1bit    plus or minus its block's mean magnitude    1/8 + 4 / 2048
+    int8    a 127th of its block's largest, rounded     1 + 4 / 256
+    1bit    plus or minus its block's mean magnitude    1/8 + 4 / 256
     ======  ==========================================  ===================
 
     Raises:

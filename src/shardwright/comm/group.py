@@ -86,6 +86,7 @@ class _Ledger:
 
     open: dict[int, Handle] = field(default_factory=dict)
     waited_s: float = 0.0
+    timeout_s: float = 30.0
 
 
 class Group(ABC):
@@ -113,6 +114,18 @@ class Group(ABC):
     def waited_s(self) -> float:
         """Seconds this rank has spent inside waits, by the clock, those of splits included."""
         return self._ledger.waited_s
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds that a rank which shows no life may keep this one waiting, in a group and all that is split from it.
+
+        May be set. Life is seen over shared memory only; elsewhere a wait ends with the connection or the launcher.
+        """
+        return self._ledger.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, seconds: float) -> None:
+        self._ledger.timeout_s = seconds
 
     # ---- collectives
 

@@ -56,22 +56,17 @@ class _Exchange(Handle):
 
 @final
 class SharedMemoryGroup(Group):
-    """Ranks as processes of one host. Sums in rank order: all ranks and all runs hold the same bits.
-
-    timeout_s: how long a rank that shows no life may keep the others waiting.
-    """
+    """Ranks as processes of one host. Sums in rank order: all ranks and all runs hold the same bits."""
 
     def __init__(
         self,
         segment: Segment,
         rank: int,
         abort: AbortWord,
-        *,
-        timeout_s: float = 30.0,
         parent: "SharedMemoryGroup | None" = None,
     ) -> None:
         super().__init__(rank, segment.ranks, parent)
-        self.segment, self.abort, self.timeout_s = segment, abort, timeout_s
+        self.segment, self.abort = segment, abort
         self.kin: WeakSet[Advancing] = parent.kin if parent else WeakSet()
         self.kin.add(self)
         self.circle: Standstill = parent.circle if parent else Standstill(segment, rank)
@@ -102,7 +97,7 @@ class SharedMemoryGroup(Group):
         offers = self.all_gather(offer, 0, [1] * self.size, tag="split")
         pid, fd = offers[members[0]].tolist()
         segment = mine or Segment(len(members), os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
-        child = SharedMemoryGroup(segment, members.index(self.rank), self.abort, timeout_s=self.timeout_s, parent=self)
+        child = SharedMemoryGroup(segment, members.index(self.rank), self.abort, self)
         self.barrier(tag="split")
         os.close(segment.fd)  # all have opened it, and the memory lives as long as one of them holds it
         return child

@@ -117,6 +117,6 @@ class Patience:
             elif now - since > self.timeout_s:
                 shown = "is stopped" if state == "T" else f"shows no life (state {state})"
                 raise CommError(
-                    f"rank {rank} (pid {pid}) {shown} and has not entered {waiting_for} for {self.timeout_s:g} s; "
-                    "continue or end it"
+                    f"rank {rank} (pid {pid}) {shown} and has not entered {waiting_for} for {self.timeout_s:g} s, "
+                    "the progress timeout; continue or end it"
                 )

@@ -6,9 +6,16 @@ from pathlib import Path
 END = "<|endoftext|>"
 """Ends a text, and a generation."""
 
+FEWEST = 257
+"""Words of a byte-level tokenizer: every byte, and `END`."""
+
 
 def train_bpe(texts: Iterable[str], vocabulary: int, directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of at most `vocabulary` words, 256 bytes and `END` among them."""
+    """Write tokenizer.json and tokenizer_config.json of at most `vocabulary` words, 256 bytes and `END` among them.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     import json
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,4 +30,4 @@ def train_bpe(texts: Iterable[str], vocabulary: int, directory: Path) -> None:
     backend.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": END}))
-    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")

@@ -50,7 +50,7 @@ class Corpus:
             try:
                 yield from _texts(file, self.field)
             except OSError as error:
-                raise FileError(file, f"it cannot be read: {error.strerror or error}", "put it back") from None
+                raise _unreadable(file, error) from None
             except UnicodeDecodeError as error:
                 raise FileError(
                     file, f"it is not UTF-8 at byte {error.start:,}", "convert it, or leave it out"
@@ -58,7 +58,7 @@ class Corpus:
 
     def key(self, tokenizer: Path) -> str:
         """What a row made of these files by this tokenizer is known by."""
-        said = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        said = [(str(file), *_size_and_time(file)) for file in self.files]
         digest = sha256(json.dumps([said, self.field]).encode())
         digest.update((tokenizer / "tokenizer.json").read_bytes())
         return digest.hexdigest()[:24]
@@ -98,6 +98,18 @@ def _files(recipe: Recipe, path: str) -> list[Path]:
         wanted = ", ".join(recipe.data.suffixes)
         raise FileError(place, f"no file in it ends with one of {wanted}", "set data.suffixes")
     return found
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _unreadable(file: Path, error: OSError) -> FileError:
+    return FileError(file, f"it cannot be read: {error.strerror or error}", "put it back")
 
 
 def _texts(file: Path, field: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """`ShardedAdamW`: AdamW over the part of the flat buffers that this rank updates, and its state as flat vectors.
 
-Decides that matrices decay and norms and biases do not, and that half types have a wide master copy. The arithmetic is
+Decides that matrices decay and norms and biases do not, that half types have a wide master copy, and what becomes of
+the second moment when gradients are signs. The arithmetic is
 torch's fused AdamW (Loshchilov & Hutter 2019), element by element, so that it does not depend on the cut. The operator
 is called as such: importing `torch.optim` takes nearly two seconds.
 """
@@ -34,10 +35,13 @@ class ShardedAdamW:
     """AdamW of elements `own` of the buffers.
 
     vectors: for each of `KINDS` one `[stop - start]` of the gradients' dtype · done: updates so far.
+
+    settled: updates after which the second moment stays as it is, and no element moves by more than the learning rate
+    (1-bit Adam, Tang et al. 2021): a sign says nothing of a gradient's size. None: it follows the gradients always.
     """
 
-    def __init__(self, flat: FlatParameters, own: Range, settings: OptimizerPart) -> None:
-        self.flat, self.own = flat, own
+    def __init__(self, flat: FlatParameters, own: Range, settings: OptimizerPart, settled: int | None = None) -> None:
+        self.flat, self.own, self.settled = flat, own, settled
         held, gradient = flat.data[slice(*own)], flat.grad[slice(*own)]
         self.vectors: dict[str, Tensor] = {
             "weight": held if held.dtype == gradient.dtype else held.to(gradient.dtype),
@@ -58,23 +62,38 @@ class ShardedAdamW:
         self.done += 1
         for start, stop, decay in self._runs:
             part = slice(start - self.own[0], stop - self.own[0])
-            weight, average, square = ([self.vectors[kind][part]] for kind in KINDS)
-            torch._fused_adamw_(
-                weight,
-                [self.flat.grad[start:stop]],
-                average,
-                square,
-                [],
-                [torch.tensor(float(self.done))],
-                lr=lr,
-                beta1=self._settings.betas[0],
-                beta2=self._settings.betas[1],
-                weight_decay=decay,
-                eps=self._settings.eps,
-                amsgrad=False,
-                maximize=False,
-            )
+            vectors = [self.vectors[kind][part] for kind in KINDS]
+            if self.settled is None or self.done <= self.settled:
+                self._follow(vectors, self.flat.grad[start:stop], lr, decay)
+            else:
+                self._keep(vectors, self.flat.grad[start:stop], lr, decay, self.settled)
         self._put()
+
+    def _follow(self, vectors: list[Tensor], gradient: Tensor, lr: float, decay: float) -> None:
+        weight, average, square = ([vector] for vector in vectors)
+        torch._fused_adamw_(
+            weight,
+            [gradient],
+            average,
+            square,
+            [],
+            [torch.tensor(float(self.done))],
+            lr=lr,
+            beta1=self._settings.betas[0],
+            beta2=self._settings.betas[1],
+            weight_decay=decay,
+            eps=self._settings.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _keep(self, vectors: list[Tensor], gradient: Tensor, lr: float, decay: float, settled: int) -> None:
+        weight, average, square = vectors
+        first, second = self._settings.betas
+        average.lerp_(gradient, 1 - first)
+        size = (square / (1 - second**settled)).sqrt_().add_(self._settings.eps)
+        move = (average / (1 - first**self.done)).div_(size).clamp_(-1, 1)
+        weight.mul_(1 - lr * decay).sub_(move, alpha=lr)
 
     def _put(self) -> None:
         """Round the master copy into the parameters, where they are not one."""

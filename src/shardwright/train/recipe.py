@@ -5,12 +5,14 @@ recipe file. `shardwright train --schema` prints these descriptions.
 """
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shardwright.errors import FileError, UsageError
+from shardwright.text.bpe import FEWEST
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -88,7 +90,9 @@ class ParallelPart(_Part):
     sequence: bool = Field(False, description="Deal out the rows between blocks too: less memory, the same bytes.")
     zero: bool = Field(True, description="Each data rank keeps only its share of the optimiser's state (ZeRO-1).")
     compression: Literal["none", "bf16", "int8", "1bit"] = Field(
-        "none", description="Of gradients between data ranks, with error feedback."
+        "none",
+        description="Of gradients between data ranks, with error feedback. 1bit: AdamW's second moment stays "
+        "as the uncompressed steps left it (1-bit Adam).",
     )
     uncompressed_steps: Count = Field(100, description="First steps that are not compressed.")
 
@@ -109,11 +113,15 @@ class OutputPart(_Part):
 
 
 class GuardPart(_Part):
-    """What happens when a step goes wrong. Either way the first module and rank are named."""
+    """What happens when a step goes wrong, or a rank; the first module and rank are named."""
 
     nonfinite: Literal["skip", "stop"] = Field("stop", description="When loss or gradient is no finite number.")
     spike: float = Field(0.0, ge=0, description="A loss above so many times the recent median is a spike; 0: none is.")
     on_spike: Literal["skip", "stop"] = Field("skip", description="When the loss spikes.")
+    progress_timeout: float = Field(
+        120.0, gt=0, description="Seconds that a rank which shows no life, stopped or stuck, may keep the others "
+        "waiting before the run ends."
+    )  # fmt: skip
 
 
 class Recipe(_Part):
@@ -180,15 +188,33 @@ class Recipe(_Part):
         if self.optimizer.min_lr > self.optimizer.lr:
             problem = f"it is above optimizer.lr={self.optimizer.lr}"
             raise UsageError("optimizer.min_lr", self.optimizer.min_lr, problem, "lower it")
+        if self.parallel.compression == "1bit" and not self.parallel.uncompressed_steps:
+            problem = "signs say nothing of how large a gradient is, which AdamW learns from the first steps"
+            raise UsageError("parallel.uncompressed_steps", 0, problem, "use some tens")
+        for key, value in dropouts(self.model.config or {}).items():
+            remedy = "set train.dropout, on what joins the residual stream, and leave this out"
+            raise UsageError(f"model.config.{key}", value, "no dropout is taken from a model's config", remedy)
         if self.model.config is not None and self.data.tokenizer == "model":
             problem = "a model from scratch has no tokenizer"
             raise UsageError("data.tokenizer", "model", problem, "give a path, or the words of one to train")
         if self.model.path is not None and isinstance(self.data.tokenizer, int):
             problem = "a trained model knows its own tokens only"
             raise UsageError("data.tokenizer", self.data.tokenizer, problem, "use 'model'")
+        if isinstance(self.data.tokenizer, int) and self.data.tokenizer < FEWEST:
+            problem = "every byte is a word, and so is the end of a text"
+            raise UsageError("data.tokenizer", self.data.tokenizer, problem, f"use at least {FEWEST}")
         if self.output.sample_every and not self.output.sample_prompt:
             raise UsageError("output.sample_prompt", "''", "a sample continues some text", "give a prompt")
         return self
+
+
+def dropouts(config: Mapping[str, Any]) -> dict[str, float]:
+    """The dropouts that a config.json asks for, by key: no run applies them, and none keeps silent about it."""
+    return {
+        key: value
+        for key, value in config.items()
+        if key.endswith(("dropout", "pdrop", "dropout_prob")) and isinstance(value, int | float) and value > 0
+    }
 
 
 def _wrong(error: ValidationError) -> UsageError:

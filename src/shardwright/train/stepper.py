@@ -57,14 +57,15 @@ class Stepper:
         self.shares = self.flat.shares(groups.data.size)
         self.zero = parallel.zero and groups.data.size > 1
         own = self.shares.range(groups.data.rank) if self.zero else (0, self.flat.numel)
-        self.optimizer = ShardedAdamW(self.flat, own, optimizer)
+        self.uncompressed = parallel.uncompressed_steps
+        signs = parallel.compression == "1bit" and groups.data.size > 1
+        self.optimizer = ShardedAdamW(self.flat, own, optimizer, self.uncompressed if signs else None)
         self.synchroniser = GradientSynchroniser(
             self.flat,
             groups.data,
             shares=self.shares if self.zero else None,
             compression=None if parallel.compression == "none" else parallel.compression,
         )
-        self.uncompressed = parallel.uncompressed_steps
         self.keep = KEEPS[train.recompute]()
         self._counted = list(self._views_counted())
 
@@ -74,15 +75,16 @@ class Stepper:
         Every rank enters, one without sequences too.
         """
         self.flat.grad.zero_()
+        compress = self.optimizer.done >= self.uncompressed
         total = torch.zeros((), dtype=torch.float64)
         for at, micro in enumerate(micros):
             if at == len(micros) - 1:
-                self.synchroniser.begin(compress=step >= self.uncompressed)
+                self.synchroniser.begin(compress=compress)
             loss = self.losses(micro, step).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         if not micros:
-            self.synchroniser.begin(compress=step >= self.uncompressed)
+            self.synchroniser.begin(compress=compress)
         partial = {name: self.flat.view(self.flat.grad, name) for name in self.late}
         sum_partial(partial, self.tables, self.groups.tensor, like=self.flat.grad)
         self.synchroniser.finish()

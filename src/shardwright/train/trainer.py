@@ -7,7 +7,9 @@ are `saving`'s and `corpus`'. Sampling text is a callback, since engines live on
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any, final
 
@@ -15,7 +17,7 @@ from shardwright.checkpoint.durable import make_directory, write_file
 from shardwright.comm.group import Group
 from shardwright.comm.memory import peak_rss
 from shardwright.comm.parallel import initialize_model_parallel
-from shardwright.errors import RankError, UsageError
+from shardwright.errors import FileError, RankError, UsageError
 from shardwright.models.decoder import Decoder
 from shardwright.models.load import DTYPES, load
 from shardwright.models.specs import Cuts
@@ -26,7 +28,7 @@ from shardwright.train.diagnosis import culprit
 from shardwright.train.metrics import Metrics
 from shardwright.train.optimizer import learning_rate
 from shardwright.train.origin import Origin, model_path, model_tokenizer, origin_of
-from shardwright.train.recipe import Recipe
+from shardwright.train.recipe import Recipe, dropouts
 from shardwright.train.saving import Saver
 from shardwright.train.stepper import Gradient, Stepper
 from shardwright.train.windows import Micro, Windows
@@ -61,6 +63,7 @@ class Trainer:
         self, recipe: Recipe, world: Group, *, report: Report | None = None, sampler: Sampler | None = None
     ) -> None:
         self.recipe, self.world, self.sampler = recipe, world, sampler
+        world.timeout_s = recipe.guard.progress_timeout
         self._report = report or (lambda event: None)
         parallel = recipe.parallel
         self.groups = initialize_model_parallel(parallel.tensor, parallel.pipeline, parallel.data, world=world)
@@ -68,11 +71,13 @@ class Trainer:
         self.tokenizer, self.windows = self._data()
         self.origin = origin_of(recipe, self.tokenizer.vocabulary)
         check(recipe.data, self.origin.config.context)
+        for key, value in dropouts(self.origin.json).items():
+            applied = f"train.dropout={recipe.train.dropout:g}"
+            self._tell({"warning": f"the model's {key}={value:g} is not applied: training drops by {applied} alone"})
         self.stepper = Stepper(self._model(self.origin), self.groups, recipe.train, recipe.optimizer, parallel)
         self.saver = Saver(self.stepper, recipe.directory, recipe.output.keep, self.origin.json)
         self._losses: deque[float] = deque(maxlen=RECENT)
         self._skipped = 0
-        self._warnings: list[str] = []
 
     @property
     def model(self) -> Decoder:
@@ -88,11 +93,17 @@ class Trainer:
             self._tell({"resumed": first})
         if self.world.rank:
             return self._steps(first, None)
-        output = self.recipe.output
-        with Metrics(self.recipe.directory, first, tensorboard=output.tensorboard) as metrics:
+        with self._metrics(first) as metrics:
             final_figures = self._steps(first, metrics)
             metrics.draw(self.recipe.directory.name)
         return final_figures
+
+    def _metrics(self, first: int) -> Metrics:
+        def warn(text: str) -> None:
+            self._tell({"warning": text})
+
+        with _writing(self.recipe.directory):
+            return Metrics(self.recipe.directory, first, warn, tensorboard=self.recipe.output.tensorboard)
 
     # ---- before the first step
 
@@ -101,9 +112,10 @@ class Trainer:
         recipe, corpus = self.recipe, Corpus.of(self.recipe)
         place = recipe.directory / "tokenizer"
         if self.world.rank == 0:
-            make_directory(recipe.directory)
-            self._prepare_tokenizer(corpus)
-            tokenised(corpus, Tokenizer.from_directory(place), recipe.directory / "tokens", corpus.key(place))
+            with _writing(recipe.directory):
+                make_directory(recipe.directory)
+                self._prepare_tokenizer(corpus)
+                tokenised(corpus, Tokenizer.from_directory(place), recipe.directory / "tokens", corpus.key(place))
         self.world.barrier(tag="data")
         tokenizer = Tokenizer.from_directory(place)
         path = tokenised(corpus, tokenizer, recipe.directory / "tokens", corpus.key(place))
@@ -230,6 +242,16 @@ class Trainer:
     def _tell(self, event: dict[str, Any]) -> None:
         if self.world.rank == 0:
             self._report(event)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """What a run needs before its first step cannot be written: then there is none."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"it cannot be written: {error.strerror or error}"
+        raise FileError(error.filename or directory, problem, "free space, or use another output.directory") from None
 
 
 class _Clock:
