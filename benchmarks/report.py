@@ -1,10 +1,12 @@
 """Writes docs/performance.md and its picture from benchmarks/results/*.json: the last step of `make performance`.
 
-Knows no benchmark: a case is a row, a side is a column, and the picture shows the ratios.
+A case is a row, a side is a column, and the picture shows the ratios. Of the benchmarks it knows one: a training step's
+figures are also put side by side, data against tensor parallel.
 """
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,31 @@ def table(cases: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+SCHEMES = {"one_process": "one process, two threads", "ddp": "dp 2, DDP", "dtensor": "tp 2, DTensor"}
+"""What a peer of `train_step` is; ours go by their cases."""
+
+FIGURES = ("tokens/s", "MB a rank", "% of a step")
+"""Units of what a training step gives and takes: throughput, memory, communication."""
+
+
+def schemes(cases: list[dict[str, Any]]) -> list[str]:
+    """What each way to share a training step gives and costs a rank, a row each, model by model.
+
+    A peer that was measured beside several of our cases has the median of all.
+    """
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for case in cases:
+        (model, _, rest), unit = case["case"].partition(" "), case["unit"]
+        for side, value in case["values"].items() if unit in FIGURES else ():
+            scheme = f"{rest.partition(',')[0]}, ours" if side == "ours" else SCHEMES[side]
+            found.setdefault((model, scheme), {}).setdefault(unit, []).append(value)
+    lines = ["| model | ranks | tokens/s | MB a rank | communication, % of a step |", "|---|---|--:|--:|--:|"]
+    for (model, scheme), figures in sorted(found.items(), key=lambda row: row[0][0]):
+        shown = [f"{median(figures[unit]):,.4g}" if unit in figures else "–" for unit in FIGURES]
+        lines.append(f"| {model} | {scheme} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
 def section(name: str, title: str) -> list[str]:
     """A benchmark's part of the page; nothing where it has not been run."""
     path = RESULTS / f"{name}.json"
@@ -48,7 +75,8 @@ def section(name: str, title: str) -> list[str]:
     said = (
         f"`benchmarks/{name}.py` at {found['commit']} · {found['machine']} · {versions} · {read} GB/s read at its start"
     )
-    return [f"## {title}", "", *table(found["cases"]), "", said, ""]
+    beside = schemes(found["cases"]) if name == "train_step" else []
+    return [f"## {title}", "", *beside, *table(found["cases"]), "", said, ""]
 
 
 def picture() -> str:

@@ -55,6 +55,7 @@ CASES = [
     Subject("27M", sequence=True),
     Subject("27M", sequence=True, recompute="selective"),
     Subject("27M", tensor=1, data=2),
+    Subject("95M"),
     Subject("95M", sequence=True),
     Subject("95M", tensor=1, data=2),
 ]
@@ -218,8 +219,9 @@ def cases(options: Options) -> Iterator[Case]:
         rates = {name: tokens / statistics.median(r["seconds"] for r in found) for name, found in runs.items()}
         peaks = {name: (found[-1]["peak"] - floor) / 1e6 for name, found in runs.items()}
         yield Case(str(subject), "tokens/s", rates).compare(smaller_is_better=False)
-        yield Case(f"{subject}, memory", "MB", peaks).compare(smaller_is_better=True)
-        yield Case(f"{subject}, waiting", "%", {"ours": 100 * statistics.median(r["share"] for r in runs["ours"])})
+        yield Case(f"{subject}, memory", "MB a rank", peaks).compare(smaller_is_better=True)
+        waiting = {"ours": 100 * statistics.median(r["share"] for r in runs["ours"])}
+        yield Case(f"{subject}, communication", "% of a step", waiting)
     if options.wants("27M dp 2 hidden"):
         yield from hidden(options)
     if options.wants("27M tp 2 saving"):
