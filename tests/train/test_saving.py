@@ -127,6 +127,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_going(
     assert len(losses(recipe)) == 8
 
 
+def test_a_last_checkpoint_that_finds_no_room_is_an_error_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_at(tmp_path, parallel={"tensor": 2})
+
+    def full(path: Path, chunks: Any) -> Written:
+        if "step-00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_file(path, chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_file", full)
+        said = "the last checkpoint of step 8 not written: rank 0: No space left on device; the one before stays; free"
+        with pytest.raises(FileError, match=said):
+            run(recipe)
+    assert run(recipe)[0] == {"resumed": 6}
+    assert len(losses(recipe)) == 8
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run(recipe_at(tmp_path, train={"steps": 2}))
     other = recipe_at(tmp_path, model={"config": {**CONFIG, "intermediate_size": 24}})

@@ -194,12 +194,25 @@ class Trainer:
         if output.sample_every and done % output.sample_every == 0 and self.sampler and self.place.data == 0:
             self._tell({"step": done, "sample": self.sampler(self.model, self.tokenizer)})
         if self._due(done, output.save_every):
-            started = time.monotonic()
-            problem = self.saver.save(done, {"losses": list(self._losses)})
-            seconds = time.monotonic() - started
-            kept = f"checkpoint of step {done} not written: {problem}; the one before stays, training goes on"
-            self._tell({"warning": kept} if problem else {"saved": done, "seconds": seconds})
+            self._save(done)
         return found
+
+    def _save(self, done: int) -> None:
+        """A checkpoint; a step that has others behind it goes on without.
+
+        Raises:
+            FileError: the last one of the run could not be written.
+        """
+        started = time.monotonic()
+        problem = self.saver.save(done, {"losses": list(self._losses)})
+        if problem is None:
+            self._tell({"saved": done, "seconds": time.monotonic() - started})
+            return
+        missed = f"checkpoint of step {done} not written: {problem}; the one before stays"
+        if done == self.recipe.train.steps:
+            remedy = "free space and start the run again, which goes on from there"
+            raise FileError(self.recipe.directory, f"the last {missed}", remedy)
+        self._tell({"warning": f"{missed}, training goes on"})
 
     def _due(self, done: int, every: int) -> bool:
         """Every so many steps, and after the last; `every` 0: only then."""
