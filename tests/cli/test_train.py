@@ -135,7 +135,7 @@ def test_tp_overrides_the_recipe(home: Path) -> None:
     ("sequence = 16", "sequence = 99", 2, "shardwright: data.sequence=99: the model's context is 64 tokens"),
     ('"run"', '"text.txt"', 3, "text.txt: it cannot be written: File exists; free space, or use another output.dir"),
     ("tokenizer = 280", "tokenizer = 3", 2, "shardwright: data.tokenizer=3: every byte is a word, and so is the end"),
-    ("Qwen3For", "QwenXFor", 4, "shardwright: architecture 'QwenXForCausalLM' is not supported"),
+    ("Qwen3For", "QwenXFor", 4, "architecture 'QwenXForCausalLM' is not supported"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line_from_one_rank(home: Path, old: str, new: str, code: int, message: str) -> None:
     (home / "recipe.toml").write_text(RECIPE.replace(old, new))

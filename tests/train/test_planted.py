@@ -68,7 +68,7 @@ def partial_gradients_sent_to_data_ranks_before_they_are_summed(patch: pytest.Mo
 
 def a_row_bias_added_by_every_rank(patch: pytest.MonkeyPatch) -> None:
     def forward(self: linear.RowParallelLinear, x: Tensor, rows: Any = WHOLE) -> Tensor:
-        return rows.leave(x, self.weight, self.group, self.name) + self.bias * self.group.size  # type: ignore[no-any-return]
+        return rows.leave(((x, self.weight),), self.group, self.name) + self.bias * self.group.size  # type: ignore[no-any-return]
 
     patch.setattr(linear.RowParallelLinear, "forward", forward)
 
@@ -125,7 +125,7 @@ def a_loss_that_is_the_mean_of_means(patch: pytest.MonkeyPatch) -> None:
 def a_tied_table_without_the_gradient_of_one_end(patch: pytest.MonkeyPatch) -> None:
     def logits(self: Any, x: Tensor, rows: Any = WHOLE) -> Tensor:
         weight = self.weight.detach() if self.group.size > 1 else self.weight
-        return rows.enter(x, weight, None, self.group, f"{self.name}.logits")  # type: ignore[no-any-return]
+        return rows.enter(x, ((weight, None),), self.group, f"{self.name}.logits")[0]  # type: ignore[no-any-return]
 
     patch.setattr(vocab._VocabTable, "logits", logits)
 

@@ -17,7 +17,7 @@ from shardwright.plan.blocks import Blocks, Holds
 def of_config(config: ModelConfig) -> Blocks:
     """The sizes of a model this package can run; what its ranks hold is read off the table they load by."""
     sums, sums_back = SUMS_OF[config.block]
-    norms, normed = NORMS_OF[config.block], 2 if config.norm == "rms_plus_one" else 1
+    norms, normed = NORMS_OF[config.block], 2 if config.norm in ("rms_plus_one", "rms_once") else 1
     return Blocks(
         layers=config.layers,
         hidden=config.hidden,
@@ -34,9 +34,10 @@ def of_config(config: ModelConfig) -> Blocks:
         norms=len(norms),
         behind=sum(name.endswith("_post_norm") for name in norms),
         norm_kept=normed,
-        head_kept=2 if config.wide_qk_norm else normed,
+        head_kept=2 if config.wide_qk_norm or config.own_qk_norm else normed,
         activation_kept=int((config.gated, config.activation) not in ((True, "silu"), (False, "relu"))),
-        head_norms=int(config.qk_norm or config.wide_qk_norm),
+        biased=int(config.alibi),
+        head_norms=int(config.qk_norm or config.wide_qk_norm or config.own_qk_norm),
         turned=config.turned / config.head_size,
         sums=sums,
         sums_back=sums_back,
