@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 
 BEYOND = 1
 """Ranks beyond the cores that are measured too: they take turns, and a plan should know what that costs."""
-
-PASSES = 2
-"""How often each number of ranks measures."""
 
 MOST_COUNTS = 6
 """Numbers of ranks that are measured: all up to there, then powers of two."""
@@ -69,7 +67,6 @@ def measured_machine() -> "Measured":
 
     said = kept()
     if said is None:
-        print("shardwright: measuring this machine, some twenty seconds, once", file=sys.stderr)
         said = measure_now()
     return Measured.of(said)
 
@@ -92,32 +89,21 @@ def kept() -> dict[str, Any] | None:
 
 
 def measure_now() -> dict[str, Any]:
-    """Fork ranks, 1, 2, … and one more than there are cores, have them measure together, and keep what they find.
-
-    Each number comes up `PASSES` times, seconds apart, and its best one counts: a neighbour who was busy for a while is
-    left out, a core that stays slow is not.
-    """
-    found: dict[str, list[list[dict[str, float]]]] = {}
-    for _ in range(PASSES):
-        for n in counts(_cores()):
-            found.setdefault(str(n), []).append(_measured_together(n))
-    ranks = {n: max(passes, key=lambda rows: min(row["bandwidth"] for row in rows)) for n, passes in found.items()}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    said = {"cores": _cores(), "memory": memory, "ranks": ranks}
-    _keep(said)
-    return said
-
-
-def _measured_together(n: int) -> list[dict[str, float]]:
-    """The figures of n ranks that measure at the same time, in rank order."""
+    """Fork ranks, have 1, 2, … of them and one more than there are cores measure together, and keep what they find."""
     from shardwright.comm.job import Job
     from shardwright.profile.machine import measure_rank
 
-    rows: list[dict[str, float]] = []
-    with Job(n, measure_rank) as job:
-        while len(rows) < n and (message := job.receive()) is not None:
-            rows.append(message["figures"])
-    return sorted(rows, key=lambda row: row["rank"])
+    print("shardwright: measuring this machine, some ten seconds", file=sys.stderr)
+    asked = counts(_cores())
+    ranks: dict[str, list[dict[str, float]]] = {str(n): [] for n in asked}
+    with Job(max(asked), partial(measure_rank, counts=asked)) as job:
+        while sum(map(len, ranks.values())) < sum(asked) and (message := job.receive()) is not None:
+            ranks[str(message["ranks"])].append(message["figures"])
+    for rows in ranks.values():
+        rows.sort(key=lambda row: row["rank"])
+    said = {"cores": _cores(), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "ranks": ranks}
+    _keep(said)
+    return said
 
 
 def counts(cores: int) -> list[int]:

@@ -5,7 +5,7 @@ they are in use. Knows no model; what a plan makes of the figures is `plan.measu
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
 
@@ -15,10 +15,13 @@ from shardwright.comm.channel import Channel
 from shardwright.comm.group import Group
 from shardwright.layout.partition import Partition
 
-WINDOWS, SECONDS = 5, 0.1
-"""Each figure is the median of so many windows of so long, taken in turn over seconds: a neighbour's burst is left out,
-a core that stays busy is not.
+LONG, LEAST = 9.0, 3
+"""Seconds of all rounds together, and how many there are at least. A figure is the median of its rounds, which come in
+turn over these seconds: a neighbour's burst is left out, a core that stays busy is not.
 """
+
+WINDOW = 0.1
+"""Seconds that a rate is taken over."""
 
 READ = 512 << 20
 """Bytes of the matrix that all ranks together read: beyond the caches that they share."""
@@ -55,19 +58,32 @@ class RankFigures:
     dealt_s: float
 
 
-def measure_rank(group: Group, channel: Channel) -> None:
-    """The life of a measuring rank: one message with its figures."""
+def measure_rank(group: Group, channel: Channel, counts: Sequence[int]) -> None:
+    """The life of a measuring rank: one message for each of the counts that it is among, with its figures."""
     with torch.inference_mode():
-        channel.send({"figures": asdict(figures(group))})
+        for ranks, found in figures(group, counts).items():
+            channel.send({"ranks": ranks, "figures": asdict(found)})
 
 
-def figures(group: Group, windows: int = WINDOWS, seconds: float = SECONDS) -> RankFigures:
-    """This rank's figures while all others take theirs. Every rank calls it."""
+def figures(group: Group, counts: Sequence[int], long: float = LONG, window: float = WINDOW) -> dict[int, RankFigures]:
+    """This rank's figures while so many of the first ranks take theirs, the others asleep, for each of the counts that
+    it is among. Every rank calls it with the same arguments.
+    """
     torch.set_num_threads(1)
-    measuring = _Measuring(group, seconds)
-    rounds = [measuring.window() for _ in range(windows)]
+    parts = {n: group.split(range(n) if group.rank < n else [group.rank]) for n in counts}
+    measured = {n: _Measuring(part, window) for n, part in parts.items() if group.rank < n}
+    rounds: dict[int, list[dict[str, float]]] = {n: [] for n in measured}
+    started, again = time.perf_counter(), torch.ones(1)
+    while again.item():
+        for n in counts:
+            group.barrier()
+            if n in measured:
+                rounds[n].append(measured[n].figures())
+        done = time.perf_counter() - started > long and len(next(iter(rounds.values()))) >= LEAST
+        again = group.broadcast(torch.tensor([0.0 if done else 1.0]), 0)
     names = [f.name for f in fields(RankFigures) if f.name != "rank"]
-    return RankFigures(rank=group.rank, **{name: median(each[name] for each in rounds) for name in names})
+    medians = {n: {name: median(each[name] for each in found) for name in names} for n, found in rounds.items()}
+    return {n: RankFigures(rank=group.rank, **found) for n, found in medians.items()}
 
 
 class _Measuring:
@@ -81,7 +97,7 @@ class _Measuring:
         self.square, self.small, self.large = torch.ones(SIDE, SIDE), torch.ones(SMALL), torch.ones(LARGE)
         self.wide = torch.ones(DEALT)
 
-    def window(self) -> dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Every figure once. Ranks read and multiply for about as long; what has sums in it, as often."""
         reads = self._timed(lambda i: torch.mv(self.matrix, self.vector))
         products = self._timed(lambda i: torch.mm(self.square, self.square))
