@@ -42,3 +42,21 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_a_probability_of_one_is_refused() -> None:
     with pytest.raises(UsageError, match=r"dropout=1.0: a probability below 1"):
         Dropout(1.0, seed=0, step=0)
+
+
+def test_weights_of_attention_have_the_same_mask_however_heads_and_sequences_are_dealt_out() -> None:
+    """Bit for bit: heads 1…3 of 5, and the second of two sequences drawn as the first of another batch."""
+    x = torch.ones(5, 4, 4)
+    whole = Dropout(0.0, seed=1, step=7, attention=0.4).weights(x, "here", 3, (0, 5), 5)
+    part = Dropout(0.0, seed=1, step=7, attention=0.4).weights(x[1:4], "here", 3, (1, 4), 5)
+    assert torch.equal(part, whole[1:4])
+    moved = Dropout(0.0, seed=1, step=7, first_row=3, attention=0.4).weights(x, "here", 0, (0, 5), 5)
+    assert torch.equal(moved, whole)
+    assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
+
+
+def test_no_two_weights_share_a_draw() -> None:
+    """A share of p is zeroed overall (60 000 draws, five deviations of 0.002), and no head or row repeats another's."""
+    y = Dropout(0.0, seed=0, step=0, attention=0.3).weights(torch.ones(6, 100, 100), "x", 0, (0, 6), 6)
+    assert float((y == 0).double().mean()) == pytest.approx(0.3, abs=0.0095)
+    assert len(y.view(600, 100).unique(dim=0)) == 600

@@ -105,13 +105,19 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
 
 
 def check(
-    group: Group, changes: dict[str, Any], sequence: bool, keep: str, p: float = 0.0, sequences: Any = SEQUENCES
+    group: Group,
+    changes: dict[str, Any],
+    sequence: bool,
+    keep: str,
+    p: float = 0.0,
+    sequences: Any = SEQUENCES,
+    weights: float = 0.0,
 ) -> float:
     """Loss and every gradient; without dropout the twin's loss is torch's over gathered logits.
 
     float64: 1e-12 lies far above another order of summation (1e-15) and far below anything wrong.
     """
-    dropout = Dropout(p, seed=5, step=2) if p else None
+    dropout = Dropout(p, seed=5, step=2, attention=weights) if p else None
     twin = model_of(SingleGroup(), changes, sequence=False)
     expected = loss_over(twin, Flow(dropout=dropout), sequences) if p else loss_of(twin, sequences)
     expected.backward()
@@ -151,6 +157,11 @@ def test_every_kind_of_layer_deals_out_rows_and_recomputes(changes: dict[str, An
 def test_dropout_is_the_same_at_every_split(keep: str) -> None:
     for tp, sequence in ((2, False), (3, True)):
         on_threads(tp, check, VARIANTS["tied"], sequence, keep, 0.3)
+        on_threads(tp, check, VARIANTS["qwen3"], sequence, keep, 0.3, SEQUENCES, 0.2)
+    losses = [
+        on_threads(1, check, VARIANTS["qwen3"], False, keep, 0.3, SEQUENCES, weights)[0] for weights in (0.0, 0.2)
+    ]
+    assert losses[0] != losses[1]
 
 
 def test_more_ranks_than_rows_heads_features_and_words() -> None:

@@ -190,5 +190,6 @@ def test_a_dropout_that_a_pretrained_model_asks_for_is_said_not_to_be_applied(tm
     )
     told: list[dict[str, Any]] = []
     Trainer(recipe, SingleGroup(), report=told.append)
-    expected = "the model's attention_dropout=0.1 is not applied: training drops by train.dropout=0.2 alone"
+    expected = "the model's attention_dropout=0.1 is not applied: training drops by train.dropout=0.2 and "
+    expected += "train.attention_dropout=0 alone"
     assert told == [{"warning": expected}]

@@ -87,7 +87,7 @@ def test_dropout_at_every_split(tmp_path: Path) -> None:
     found = []
     for name, tensor, data, size in (("one", 1, 1, 5), ("many", 2, 2, 2)):
         (tmp_path / name).mkdir()
-        train = {"dropout": 0.2, "micro_batch": size}
+        train = {"dropout": 0.2, "attention_dropout": 0.3, "micro_batch": size}
         recipe = recipe_of(tmp_path / name, train=train, parallel={"tensor": tensor, "data": data, "sequence": True})
         run(recipe)
         found.append(losses(recipe))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.kernels import reference
+from shardwright.kernels.reference import Drop
 from shardwright.kernels.select import select
 
 
@@ -19,17 +20,20 @@ def attention(
     window: int = 0,
     cap: float = 0.0,
     slopes: Sequence[float] = (),
+    drop: Drop | None = None,
 ) -> Tensor:
     """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`.
 
     window: tokens a position looks back over, itself included; 0 for all, and wherever there are slopes · cap: of the
-    scores, by tanh; 0 for none · slopes: of each query head, where positions are biases of scores (`reference.alibi`).
+    scores, by tanh; 0 for none · slopes: of each query head, where positions are biases of scores (`reference.alibi`)
+    · drop: what becomes of the weights `[N_r, S, L]`; where nobody looks back over all keys, L are those looked at.
     """
     unseen = len(k) - len(q) - window + 1
     if window and unseen > 0:  # nobody looks that far back
         k, v = k[unseen:], v[unseen:]
-    implementation = select("attention", q.device.type, q.dtype, mode="capped" if cap else "plain")
-    return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap, slopes)
+    mode = "dropped" if drop else "capped" if cap else "plain"
+    implementation = select("attention", q.device.type, q.dtype, mode=mode)
+    return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap, slopes, drop)
 
 
 def _fused(
@@ -41,9 +45,10 @@ def _fused(
     window: int = 0,
     cap: float = 0.0,
     slopes: Sequence[float] = (),
+    drop: Drop | None = None,
 ) -> Tensor:
-    if cap:
-        raise AssertionError("the fused attention caps no scores")
+    if cap or drop:
+        raise AssertionError("the fused attention caps no scores and drops no weights")
     grouped = _grouped(kv_index, k.shape[1])
     if not grouped:
         index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)

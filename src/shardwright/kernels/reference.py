@@ -4,11 +4,14 @@ Meta tensors take them too. All are differentiable. Sizes as in `docs/notation.m
 passes empty dims. The fused matmuls have theirs in `fused_reference`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Drop = Callable[[Tensor], Tensor]
+"""What becomes of attention's weights before they weigh: some are zeroed, the others scaled."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,12 +66,13 @@ def attention(
     window: int = 0,
     cap: float = 0.0,
     slopes: Sequence[float] = (),
+    drop: Drop | None = None,
 ) -> Tensor:
     """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
 
     kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks. window: how many
     tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`. slopes:
-    see `alibi`.
+    see `alibi`. drop: of the weights `[N_r, S, L]`.
     """
     index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
     keys, values = k.index_select(1, index).transpose(0, 1), v.index_select(1, index).transpose(0, 1)
@@ -79,6 +83,7 @@ def attention(
         scores = scores + alibi(slopes, k) * scale
     hidden = ~visible(q.shape[0], k.shape[0], window, q.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=_wide(q)).to(q.dtype)
+    weights = drop(weights) if drop else weights
     return (weights @ values).transpose(0, 1)
 
 

@@ -56,6 +56,7 @@ FUSED = (
     "for 512 tokens and 0.096 ms for one token over 512, the reference 11 to 26 ms and 0.11 ms"
 )
 UNCAPPED = "torch's fused attention caps no scores"
+UNDROPPED = "torch's fused attention drops weights by its own generator, not by their place"
 FORCED = "the call says how often to cut"
 ASCEND = "the device's own fused operator, within its limits, else the reference; unproven: never run on such a device"
 SYMMETRIC = (
@@ -117,6 +118,7 @@ TABLE: tuple[Choice, ...] = (
     *_reference("matmul_all_reduce_add_rms_norm", "matmul, the group's all-reduce, addition, norm"),
     Choice(kernel="attention", device="meta", implementation="reference", reason=META),
     Choice(kernel="attention", mode="capped", implementation="reference", reason=UNCAPPED),
+    Choice(kernel="attention", mode="dropped", implementation="reference", reason=UNDROPPED),
     Choice(kernel="attention", implementation="fused", reason=FUSED),
 )
 

@@ -3,14 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.kernels.attention import attention
+from shardwright.kernels.reference import Drop
 from shardwright.kernels.rotary import rotary
 from shardwright.layers.batch import Batch
+from shardwright.layers.dropout import Dropout
 from shardwright.layers.flow import DEFAULT, Flow
 from shardwright.layers.kv import KVStore
 from shardwright.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -46,7 +49,8 @@ class GroupedAttention(nn.Module, ABC):
         self.heads, self.kv_heads = qkv.heads.query.widths[rank], qkv.heads.kv_width(rank)
         self.kv_index = qkv.heads.kv_index(rank)
         self.scoring = scoring or Scoring(scale=self.head_size**-0.5)
-        self.slopes = self.scoring.slopes[slice(*qkv.heads.query.range(rank))]
+        self.mine = qkv.heads.query.range(rank)
+        self.slopes = self.scoring.slopes[slice(*self.mine)]
 
     def forward(self, x: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow = DEFAULT) -> Tensor:
         """`x [T, H]` → `[T, H]`, both alike on every rank, or both this rank's rows."""
@@ -55,9 +59,9 @@ class GroupedAttention(nn.Module, ABC):
 
     def between(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore, flow: Flow) -> Tensor:
         """From the first product to the second, `[T, (N_r + 2 K_r) D]` → `[T, N_r D]`: nothing moves."""
-        return flow.keep.core(lambda qkv: self._core(qkv, rope, batch, kv), qkv)
+        return flow.keep.core(lambda qkv: self._core(qkv, rope, batch, kv, flow.dropout), qkv)
 
-    def _core(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore) -> Tensor:
+    def _core(self, qkv: Tensor, rope: Rope, batch: Batch, kv: KVStore, dropout: Dropout | None) -> Tensor:
         """`[T, (N_r + 2 K_r) D]` → `[T, N_r D]`: all that lies between the two products."""
         heads = qkv.view(len(qkv), self.heads + 2 * self.kv_heads, self.head_size)
         q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
@@ -65,10 +69,26 @@ class GroupedAttention(nn.Module, ABC):
         q, k = self.turn(q, *rope), self.turn(k, *rope)
         how, sequences = self.scoring, zip(batch.ranges, kv.extend(batch, k, v), strict=True)
         parts = [
-            attention(q[start:stop], *past, self.kv_index, how.scale, how.window, how.cap, self.slopes)
+            attention(
+                q[start:stop],
+                *past,
+                self.kv_index,
+                how.scale,
+                how.window,
+                how.cap,
+                self.slopes,
+                self._drop(dropout, start),
+            )
             for (start, stop), past in sequences
         ] or [q]
         return torch.cat(parts).reshape(len(q), self.heads * self.head_size)
+
+    def _drop(self, dropout: Dropout | None, start: int) -> Drop | None:
+        """What becomes of the weights of the sequence whose first row is that one."""
+        if dropout is None or not dropout.attention:
+            return None
+        heads = self.qkv.heads.query
+        return partial(dropout.weights, name=self.qkv.name, offset=start, heads=self.mine, of=heads.size)
 
     @abstractmethod
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from shardwright.layers.rows import WHOLE, Rows
 @dataclass(frozen=True)
 class Flow:
     """rows: of the residual stream on each rank · keep: what is computed again in the backward · dropout: on what is
-    added to the residual stream, or None.
+    added to the residual stream and on attention's weights, or None.
     """
 
     rows: Rows = WHOLE

@@ -33,8 +33,8 @@ class Blocks:
     · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums: those of T x 2, either way.
 
     What single operations keep for the backward: norm_kept: numbers for each one of a norm's output · head_kept: of
-    norms on heads, the same · activation_kept: 0 where its input or output is enough · biased: 1 where a bias by
-    head keeps the scores.
+    norms on heads, the same · activation_kept: 0 where its input or output is enough · scores_kept: for each score of
+    attention, 0 where it is fused whole, 1 where a bias by head is.
     """
 
     layers: Floats
@@ -54,7 +54,7 @@ class Blocks:
     norm_kept: Floats = 1
     head_kept: Floats = 1
     activation_kept: Floats = 1
-    biased: Floats = 0
+    scores_kept: Floats = 0
     head_norms: Floats = 0
     turned: Floats = 1
     sums: Floats = 2

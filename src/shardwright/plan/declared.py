@@ -36,7 +36,7 @@ def of_config(config: ModelConfig) -> Blocks:
         norm_kept=normed,
         head_kept=2 if config.wide_qk_norm or config.own_qk_norm else normed,
         activation_kept=int((config.gated, config.activation) not in ((True, "silu"), (False, "relu"))),
-        biased=int(config.alibi),
+        scores_kept=int(config.alibi),
         head_norms=int(config.qk_norm or config.wide_qk_norm or config.own_qk_norm),
         turned=config.turned / config.head_size,
         sums=sums,

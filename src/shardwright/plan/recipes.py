@@ -16,7 +16,7 @@ from shardwright.plan.measured import Measured, slowest
 from shardwright.plan.software import profile
 from shardwright.plan.step import Job, Scene, step
 from shardwright.plan.training import RECOMPUTE, Split, Training
-from shardwright.train.recipe import Recipe
+from shardwright.train.recipe import Recipe, TrainPart
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 """Of a recipe's dtype, as software profiles call them."""
@@ -45,14 +45,24 @@ def job_of(recipe: Recipe, config: ModelConfig) -> Job:
         recompute=RECOMPUTE.index(train.recompute),
         zero=int(parallel.zero),
     )
+    scores = _scores_kept(config, train)
+    blocks = of_config(config)
     return Job(
-        blocks=of_config(config),
-        training=Training(
-            sequence=recipe.data.sequence, global_batch=train.batch, fp8=0, flash=int(not config.score_cap)
-        ),
+        blocks=replace(blocks, scores_kept=scores or blocks.scores_kept),
+        training=Training(sequence=recipe.data.sequence, global_batch=train.batch, fp8=0, flash=int(not scores)),
         split=split,
         software=profile("shardwright", PRECISIONS[train.dtype]),
     )
+
+
+def _scores_kept(config: ModelConfig, train: TrainPart) -> int:
+    """Numbers that attention keeps of each score where it is computed in single operations, 0 where it is not: what
+    tanh gave, what softmax did, in float32, and what weighs, where that is another.
+    """
+    if not (config.score_cap or train.attention_dropout):
+        return 0
+    narrow = train.dtype == "bfloat16"
+    return bool(config.score_cap) + (2 if narrow else 1) + (narrow or train.attention_dropout > 0)
 
 
 def recut(job: Job, tensor: int, data: int) -> Job:

@@ -67,6 +67,12 @@ class TrainPart(_Part):
         "full: whole blocks. Neither repeats a collective of the forward."
     )  # fmt: skip
     dropout: float = Field(0.0, ge=0, lt=1, description="On what is added to the residual stream.")
+    attention_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="On attention's weights, which are then computed one by one: slower, and more memory.",
+    )
 
 
 class OptimizerPart(_Part):
@@ -192,7 +198,7 @@ class Recipe(_Part):
             problem = "signs say nothing of how large a gradient is, which AdamW learns from the first steps"
             raise UsageError("parallel.uncompressed_steps", 0, problem, "use some tens")
         for key, value in dropouts(self.model.config or {}).items():
-            remedy = "set train.dropout, on what joins the residual stream, and leave this out"
+            remedy = "set train.dropout and train.attention_dropout, and leave this out"
             raise UsageError(f"model.config.{key}", value, "no dropout is taken from a model's config", remedy)
         if self.model.config is not None and self.data.tokenizer == "model":
             problem = "a model from scratch has no tokenizer"

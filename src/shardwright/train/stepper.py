@@ -105,9 +105,9 @@ class Stepper:
 
     def losses(self, micro: Micro, step: int | None = None) -> Tensor:
         """The loss of each token, alike on the ranks of a tensor group; step: of dropout's draws, or none dropped."""
-        dropout = None
-        if step is not None and self.train.dropout:
-            dropout = Dropout(self.train.dropout, self.train.seed, step, micro.first_row)
+        dropout, asked = None, self.train
+        if step is not None and (asked.dropout or asked.attention_dropout):
+            dropout = Dropout(asked.dropout, asked.seed, step, micro.first_row, asked.attention_dropout)
         logits = self.model(micro.batch, flow=Flow(keep=self.keep, dropout=dropout))
         return vocab_parallel_cross_entropy(logits, micro.targets, self.model.cuts.vocabulary, self.model.group)
 

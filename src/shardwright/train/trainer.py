@@ -72,7 +72,8 @@ class Trainer:
         self.origin = origin_of(recipe, self.tokenizer.vocabulary)
         check(recipe.data, self.origin.config.context)
         for key, value in dropouts(self.origin.json).items():
-            applied = f"train.dropout={recipe.train.dropout:g}"
+            asked = recipe.train
+            applied = f"train.dropout={asked.dropout:g} and train.attention_dropout={asked.attention_dropout:g}"
             self._tell({"warning": f"the model's {key}={value:g} is not applied: training drops by {applied} alone"})
         self.stepper = Stepper(self._model(self.origin), self.groups, recipe.train, recipe.optimizer, parallel)
         self.saver = Saver(self.stepper, recipe.directory, recipe.output.keep, self.origin.json)
