@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from shardwright.errors import UsageError
 from shardwright.layers import random
 
 Places = dict[int, tuple[Tensor, int]]
@@ -22,6 +23,9 @@ Places = dict[int, tuple[Tensor, int]]
 ANSWERED = {"dropout": F.dropout, "scaled_dot_product_attention": F.scaled_dot_product_attention}
 """Calls that draw, and can be answered by place."""
 
+CALLS = 1 << 10
+"""Calls of one dropout that a backward may repeat."""
+
 _DROPOUT = inspect.signature(F.dropout)
 
 
@@ -29,13 +33,15 @@ _DROPOUT = inspect.signature(F.dropout)
 class Dropout(nn.Module):
     """`nn.Dropout` with the same mask at every split: an element's fate is drawn from its place in the whole tensor.
 
-    The step counts the calls in training mode.
+    The step counts the calls in training mode. A call that `torch.utils.checkpoint` repeats during the backward draws
+    what it drew before: a checkpoint puts torch's generator back, and by its state the call is known again.
     """
 
     def __init__(self, p: float, name: str, *, seed: int = 0, places: Places | None = None) -> None:
         super().__init__()
         self.p, self.name, self.seed, self.step = p, name, seed, 0
         self.places = places or {}
+        self.calls: dict[int, int] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [...]` → the same shape; in training an element is 0 with probability p, else grows by 1/(1 - p)."""
@@ -45,9 +51,24 @@ class Dropout(nn.Module):
         """The same with probability p, in either mode."""
         if p == 0:
             return x
-        self.step += 1
-        keep = random.uniform(self.seed, self.name, self.step, self._index(x)) >= p
+        keep = random.uniform(self.seed, self.name, self._call(), self._index(x)) >= p
         return torch.where(keep, x / (1 - p) if p < 1 else x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def _call(self) -> int:
+        """The number of this call, or of the one that it repeats."""
+        state = hash(torch.get_rng_state().numpy().tobytes())
+        torch.rand(())  # the next call finds another state
+        if torch._C._current_graph_task_id() < 0:
+            self.step += 1
+            self.calls[state] = self.step
+            if len(self.calls) > CALLS:
+                del self.calls[next(iter(self.calls))]
+        elif state not in self.calls:
+            constraint = f"{self.name} cannot tell which dropout of the forward is computed again"
+            raise UsageError(
+                "preserve_rng_state", "<another state>", constraint, "leave it on; with threads, use processes"
+            )
+        return self.calls[state]
 
     def _index(self, x: Tensor) -> Tensor:
         """Each element's flat index in the whole tensor."""
