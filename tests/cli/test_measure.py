@@ -21,6 +21,7 @@ ROW = {
     "rank": 0,
     "bandwidth": 15e9,
     "gemm": 1e11,
+    "narrow_gemm": 1e11,
     "small_s": 1e-5,
     "piece_s": 2e-4,
     "paced_s": 2.1e-4,

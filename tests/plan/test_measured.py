@@ -19,6 +19,7 @@ def said(*bandwidths: tuple[float, ...]) -> dict[str, Any]:
                 "rank": at,
                 "bandwidth": speed,
                 "gemm": 1e11,
+                "narrow_gemm": 1e11,
                 "small_s": 1e-5,
                 "piece_s": 2e-4,
                 "paced_s": 2.1e-4,

@@ -150,6 +150,14 @@ def test_a_faster_machine_never_trains_slower(tmp_path: Any, figure: str) -> Non
         assert after <= before
 
 
+def test_bfloat16_trains_at_its_own_rate_of_products(tmp_path: Any) -> None:
+    figures = {n: [{**row, "narrow_gemm": 8 * row["gemm"]} for row in rows] for n, rows in MEASURED.ranks.items()}
+    for dtype, gains in (("float32", False), ("bfloat16", True)):
+        job = job_of(recipe(tmp_path, {}, dtype=dtype), tiny_config())
+        before, after = (step(here(job, one, 1, 1)).total for one in (MEASURED, replace(MEASURED, ranks=figures)))
+        assert (after < before) == gains
+
+
 def test_a_split_is_tried_as_the_recipe_has_it(tmp_path: Any) -> None:
     """Rows dealt out, and the optimiser shared, wherever there is someone to share with."""
     job = job_of(recipe(tmp_path, {"sequence": True}), tiny_config())

@@ -28,6 +28,7 @@ MOST_COUNTS = 6
 COLUMNS = {
     "read, GB/s": ("bandwidth", 1e-9),
     "GFLOP/s": ("gemm", 1e-9),
+    "in bf16": ("narrow_gemm", 1e-9),
     "sum, µs": ("small_s", 1e6),
     "read, µs": ("piece_s", 1e6),
     "and sum": ("paced_s", 1e6),
@@ -130,12 +131,13 @@ def _keep(said: dict[str, Any]) -> None:
 
 
 def _show(said: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("ranks", "rank", *COLUMNS):
-        table.add_column(heading)
+        table.add_column(heading, justify="right")
     for n, rows in said["ranks"].items():
         for row in rows:
             table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in COLUMNS.values()))

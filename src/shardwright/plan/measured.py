@@ -4,7 +4,7 @@ Decides how figures become curve constants. Measures nothing (`profile.machine` 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -16,6 +16,9 @@ from shardwright.plan.serving import Load, Stage, server, service
 
 ALIKE = 0.15
 """Ranks whose speeds differ by less are planned as equal: a rerun differs by as much."""
+
+RATES = ("bandwidth", "gemm", "narrow_gemm")
+"""A rank's figures that are so much a second; the others are seconds."""
 
 LARGE_BYTES, DEALT_BYTES = 4 << 20, 64 << 20
 """Of the large all-reduce that is measured, and of what is scattered and gathered."""
@@ -45,11 +48,12 @@ class Measured:
 
 
 def _least(row: Mapping[str, float]) -> float:
-    return min(row[name] for name in ("bandwidth", "gemm", "small_s", "piece_s", "paced_s", "large_s", "dealt_s"))
+    return min(row[name] for name in (*RATES, "small_s", "piece_s", "paced_s", "large_s", "dealt_s"))
 
 
-def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
-    """Each rank's machine while so many run; the slowest one's for all where they are alike.
+def machines(measured: Measured, ranks: int, width: int = 4) -> tuple[Machine, ...]:
+    """Each rank's machine while so many run; the slowest one's for all where they are alike. width: bytes of a number
+    that is multiplied: 4, or 2 for bfloat16.
 
     Raises:
         UsageError: so many have not been measured.
@@ -61,7 +65,7 @@ def machines(measured: Measured, ranks: int) -> tuple[Machine, ...]:
     speeds = [row["bandwidth"] for row in rows]
     if min(speeds) > (1 - ALIKE) * max(speeds):
         rows = [{k: (max if k.endswith("_s") else min)(row[k] for row in rows) for k in rows[0]}] * ranks
-    return tuple(_machine(measured, ranks, row) for row in rows)
+    return tuple(_machine(measured, ranks, row, width) for row in rows)
 
 
 def _fair(measured: Measured, ranks: int) -> Sequence[Mapping[str, float]]:
@@ -72,11 +76,11 @@ def _fair(measured: Measured, ranks: int) -> Sequence[Mapping[str, float]]:
     if ranks <= measured.cores or measured.cores not in measured.ranks:
         return rows
     each, full = ranks / measured.cores, measured.ranks[measured.cores]
-    rates = {name: min(row[name] for row in full) / each for name in ("bandwidth", "gemm")}
+    rates = {name: min(row[name] for row in full) / each for name in RATES}
     return [{**row, **rates, "piece_s": each * max(other["paced_s"] for other in full)} for row in rows]
 
 
-def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machine:
+def _machine(measured: Measured, ranks: int, row: Mapping[str, float], width: int) -> Machine:
     """Latency is what a small all-reduce between work takes beyond the work and the waiting for a core, which grows
     with the work; the links' rate is what the large one takes beyond a small one.
     """
@@ -85,13 +89,14 @@ def _machine(measured: Measured, ranks: int, row: Mapping[str, float]) -> Machin
     waited = row["piece_s"] + min(crowd * row["piece_s"], constants["balance"])
     latency = max(row["small_s"], row["paced_s"] - waited)
     rate = share * LARGE_BYTES / max(row["large_s"] - row["small_s"], 1e-9) if ranks > 1 else 1e12
+    products = row["gemm" if width == 4 else "narrow_gemm"]
     dealt = share * DEALT_BYTES / row["dealt_s"] if ranks > 1 else rate
-    constants |= {"latency": latency if ranks > 1 else 0.0, "crowd": crowd, "scatter": dealt / rate}
+    constants |= {"width": width, "latency": latency if ranks > 1 else 0.0, "crowd": crowd, "scatter": dealt / rate}
     return Machine(
         memory=measured.memory / ranks,
         bandwidth=row["bandwidth"],
-        bf16=row["gemm"],
-        fp8=row["gemm"],
+        bf16=products,
+        fp8=products,
         processors=1,
         intra=rate,
         inter=rate,
@@ -117,13 +122,13 @@ def fastest_decode(blocks: Blocks, measured: Measured, prompt: int, output: int,
     """The tensor parallelism that decodes one request fastest here, of all measured. width: bytes of a weight."""
     speeds = {}
     for tp in sorted(measured.ranks):
-        machine = replace(slowest(measured, tp), width=width)
+        machine = slowest(measured, tp, width)
         load = Load(input=float(prompt), output=float(output), batch=1.0, fp8=0.0)
         stage = Stage(blocks=blocks, machine=machine, server=server("shardwright"), tp=float(tp), pp=1.0)
         speeds[tp] = float(1 / service(stage, load).per_token)
     return Choice(max(speeds, key=lambda tp: speeds[tp]), speeds)
 
 
-def slowest(measured: Measured, ranks: int) -> Machine:
+def slowest(measured: Measured, ranks: int, width: int = 4) -> Machine:
     """The machine of the slowest of so many ranks, which all wait for."""
-    return min(machines(measured, ranks), key=lambda machine: machine.bandwidth)
+    return min(machines(measured, ranks, width), key=lambda machine: machine.bandwidth)

@@ -75,7 +75,7 @@ def recut(job: Job, tensor: int, data: int) -> Job:
 
 def here(job: Job, measured: Measured, tensor: int, data: int) -> Scene:
     """The job at this split, on this machine's slowest rank."""
-    machine = replace(slowest(measured, tensor * data), width=job.software.activation_bytes)
+    machine = slowest(measured, tensor * data, int(job.software.activation_bytes))
     return Scene(**recut(job, tensor, data).__dict__, machine=machine)
 
 

@@ -41,8 +41,8 @@ SMALL, LARGE, DEALT = 576, 1 << 20, 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """One rank's: bytes and operations a second in float32, seconds of a small and a large all-reduce, and
-    (dealt_s) of a reduce-scatter and the all-gather of what it gives.
+    """One rank's: bytes a second, operations a second in float32 and (narrow_gemm) bfloat16, seconds of a small and a
+    large all-reduce, and (dealt_s) of a reduce-scatter and the all-gather of what it gives.
 
     piece_s: of reading a piece, the others reading theirs · paced_s: of reading one and then summing. Where ranks
     outnumber cores the rates are those of whoever had a core; only what has a sum in it is the same for all.
@@ -51,6 +51,7 @@ class RankFigures:
     rank: int
     bandwidth: float
     gemm: float
+    narrow_gemm: float
     small_s: float
     piece_s: float
     paced_s: float
@@ -94,18 +95,20 @@ class _Measuring:
         rows = READ // group.size // 4 // 1024
         self.matrix, self.vector = torch.ones(rows, 1024), torch.ones(1024)
         self.pieces = torch.split(self.matrix, PIECE // 4096)
-        self.square, self.small, self.large = torch.ones(SIDE, SIDE), torch.ones(SMALL), torch.ones(LARGE)
-        self.wide = torch.ones(DEALT)
+        self.square, self.narrow = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
+        self.small, self.large, self.wide = torch.ones(SMALL), torch.ones(LARGE), torch.ones(DEALT)
 
     def figures(self) -> dict[str, float]:
         """Every figure once. Ranks read and multiply for about as long; what has sums in it, as often."""
         reads = self._timed(lambda i: torch.mv(self.matrix, self.vector))
         products = self._timed(lambda i: torch.mm(self.square, self.square))
+        narrow = self._timed(lambda i: torch.mm(self.narrow, self.narrow))
         pieces, paced = self._counted(PACED, self._read), self._counted(PACED, self._read_and_sum)
         small = self._counted(100, lambda i: self.group.all_reduce(self.small))
         return {
             "bandwidth": self.matrix.nbytes / reads,
             "gemm": 2 * SIDE**3 / products,
+            "narrow_gemm": 2 * SIDE**3 / narrow,
             "small_s": small,
             "piece_s": pieces,
             "paced_s": paced,
