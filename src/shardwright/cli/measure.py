@@ -27,8 +27,8 @@ MOST_COUNTS = 6
 
 COLUMNS = {
     "read, GB/s": ("bandwidth", 1e-9),
-    "GFLOP/s": ("gemm", 1e-9),
-    "in bf16": ("narrow_gemm", 1e-9),
+    "fp32 GF/s": ("gemm", 1e-9),
+    "bf16 GF/s": ("narrow_gemm", 1e-9),
     "sum, µs": ("small_s", 1e6),
     "read, µs": ("piece_s", 1e6),
     "and sum": ("paced_s", 1e6),
@@ -143,6 +143,6 @@ def _show(said: dict[str, Any]) -> None:
             table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in COLUMNS.values()))
     Console().print(table)
     print(
-        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; a sum is an all-reduce of 2.3 kB or 4 MiB; 64 MiB "
+        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; GF are 10^9 operations; a sum is an all-reduce of 2.3 kB or 4 MiB; 64 MiB "
         f"are dealt out and gathered again; kept in {cache_file()}"
     )
