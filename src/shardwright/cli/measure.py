@@ -143,6 +143,6 @@ def _show(said: dict[str, Any]) -> None:
             table.add_row(n, f"{row['rank']:.0f}", *(f"{row[name] * unit:.1f}" for name, unit in COLUMNS.values()))
     Console().print(table)
     print(
-        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; GF are 10^9 operations; a sum is an all-reduce of 2.3 kB or 4 MiB; 64 MiB "
-        f"are dealt out and gathered again; kept in {cache_file()}"
+        f"{said['cores']} cores, {said['memory'] / 2**30:.1f} GiB; GF are 10^9 operations; a sum is an all-reduce of "
+        f"2.3 kB or 4 MiB; 64 MiB are dealt out and gathered again; kept in {cache_file()}"
     )
