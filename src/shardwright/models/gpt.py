@@ -37,6 +37,7 @@ class _MultiHead(_Divided):
 class StableLm(_Divided):
     """Llama with LayerNorm, a quarter of each head turned."""
 
+    reads_rotary_share = True
     rotary_by_default: ClassVar[float] = 0.25
 
     rms_norm_eps: Positive = 1e-5
@@ -86,6 +87,7 @@ STABLELM = Family(
 class GPTNeoX(_MultiHead):
     """A plain MLP beside attention, biases everywhere, a quarter of each head turned."""
 
+    reads_rotary_share = True
     rotary_by_default: ClassVar[float] = 0.25
 
     rms_norm_eps: Positive = 1e-5

@@ -147,6 +147,8 @@ QWEN3 = Family(
 class Phi3(_AllWindowed):
     """What was trained on has its own key."""
 
+    reads_rotary_share = True
+
     rms_norm_eps: Positive = 1e-5
     max_position_embeddings: int = Field(default=4096, ge=1)
     original_max_position_embeddings: int | None = Field(default=4096, ge=1)

@@ -81,7 +81,7 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
         "context": schema.max_position_embeddings,
         "norm_eps": schema.rms_norm_eps,
         "rope_theta": rope.rope_theta or schema.rope_theta or schema.theta_by_default,
-        "rotary_size": _rotary_size(rope, schema),
+        "rotary_size": _rotary_size(rope, schema, path),
         "tied": tied,
         "activation": ACTIVATIONS[schema.hidden_act],
     } | schema.traits()
@@ -125,12 +125,15 @@ def _plain_theta(said: Mapping[str, Any], schema: Schema, path: str) -> float:
     return rope.rope_theta or 10_000.0
 
 
-def _rotary_size(rope: Rope, schema: Schema) -> int:
-    """How many dims of a head are turned: a number in GGUF, a share in config.json."""
+def _rotary_size(rope: Rope, schema: Schema, path: str) -> int:
+    """How many dims of a head are turned: a number in GGUF, a share in config.json, where transformers reads one."""
     if schema.rotary_dims is not None:
         return schema.rotary_dims
     share = rope.partial_rotary_factor
     share = schema.partial_rotary_factor if share is None else share
+    if share not in (None, 1) and not schema.reads_rotary_share:
+        problem = f"partial_rotary_factor {share} is not supported of this family, whose heads are turned whole"
+        raise UnsupportedError(f"{path}: {problem}; use a model of the same family without it")
     return int(schema.head_size * (schema.rotary_by_default if share is None else share))
 
 

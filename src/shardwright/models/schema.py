@@ -49,6 +49,7 @@ AnyChecked = TypeVar("AnyChecked", bound=Checked)
 class Schema(Checked):
     """The keys the decoder depends on; every other one is passed over. Defaults are Llama's in transformers."""
 
+    reads_rotary_share: ClassVar[bool] = False
     rotary_by_default: ClassVar[float] = 1.0
     theta_by_default: ClassVar[float] = 10_000.0
 
