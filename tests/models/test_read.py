@@ -105,6 +105,7 @@ NAMED_OTHERWISE = {"n_embd": 12, "n_head": 3, "n_layer": 2, "vocab_size": 7}
     ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ("Gemma3ForCausalLM", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
      "rope_type 'linear' in layers with a window"),
+    ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("Qwen3ForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ("FalconForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

@@ -136,6 +136,10 @@ class Gemma3(Gemma2):
         """Gemma 2's, with norms on heads."""
         return super().traits() | {"qk_norm": True}
 
+    def differences(self) -> dict[str, bool]:
+        """Capped scores: transformers reads that key, and caps none."""
+        return super().differences() | {"attn_logit_softcapping": self.attn_logit_softcapping is not None}
+
 
 GEMMA3 = Family(
     name="gemma3",
