@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tests.models.conftest import CLASSES
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -11,6 +13,7 @@ from shardwright.checkpoint.source import Checkpoint
 from shardwright.errors import UnsupportedError
 from shardwright.layers.batch import Batch
 from shardwright.models.decoder import rotary_of
+from shardwright.models.families import FAMILIES, Family
 from shardwright.models.read import read_config
 
 SIZES = {
@@ -146,3 +149,13 @@ def test_defaults_are_those_of_transformers(architecture: str, said: dict[str, A
     common = {key: value for key, value in COMMON.items() if architecture != "FalconForCausalLM" or "inter" not in key}
     config, _ = read_config(Checkpoint("there", {"architectures": [architecture], **common, **said}, {}))
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_context_left_out_is_that_of_transformers(family: Family) -> None:
+    """It ends texts, and some rotary scalings go by it."""
+    theirs = CLASSES[family.name]
+    eight = COMMON | {"hidden_size": 64, "num_attention_heads": 8, "ffn_dim": 5}
+    sizes = NAMED_OTHERWISE if family.name == "gpt2" else eight
+    config, _ = read_config(Checkpoint("there", {"architectures": [theirs], **sizes}, {}))
+    assert config.context == getattr(transformers, theirs).config_class().max_position_embeddings

@@ -29,6 +29,7 @@ class Gemma(Schema):
     """Norms where Llama has them; tied; heads wider than the hidden size has room for."""
 
     head_dim: int | None = Field(default=256, ge=2, le=1 << 16)
+    max_position_embeddings: int = Field(default=8192, ge=1)
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
 
@@ -59,6 +60,7 @@ class Gemma2(WindowedSchema):
     layers_of_27b: ClassVar[int] = 46
 
     head_dim: int | None = Field(default=256, ge=2, le=1 << 16)
+    max_position_embeddings: int = Field(default=8192, ge=1)
     hidden_act: str = "gelu_pytorch_tanh"
     tie_word_embeddings: bool = True
     sliding_window: Window | None = 4096
@@ -115,6 +117,7 @@ class Gemma3(Gemma2):
     theta_by_default = 1_000_000.0
     layers_of_27b = 62
 
+    max_position_embeddings: int = Field(default=131_072, ge=1)
     attn_logit_softcapping: Positive | None = None
     final_logit_softcapping: Positive | None = None
     rope_local_base_freq: Positive = 10_000.0

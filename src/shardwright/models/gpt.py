@@ -41,6 +41,7 @@ class StableLm(_Divided):
     rotary_by_default: ClassVar[float] = 0.25
 
     rms_norm_eps: Positive = 1e-5
+    max_position_embeddings: int = Field(default=4096, ge=1)
     use_qkv_bias: bool = False
     qk_layernorm: bool = False
     use_parallel_residual: bool = False

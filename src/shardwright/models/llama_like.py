@@ -83,6 +83,7 @@ class Mistral(_AllWindowed):
     """Grouped heads and a window by default."""
 
     num_key_value_heads: int | None = Field(default=8, ge=1)
+    max_position_embeddings: int = Field(default=131_072, ge=1)
     sliding_window: Window | None = 4096
 
     def traits(self) -> Traits:
@@ -97,6 +98,7 @@ MISTRAL = Family(name="mistral", architecture="MistralForCausalLM", schema=Mistr
 class Qwen2(WindowedSchema):
     """A bias on q, k and v; a window from some layer on, where it is wanted."""
 
+    max_position_embeddings: int = Field(default=32_768, ge=1)
     sliding_window: Window | None = 4096
     max_window_layers: int = 28
 
