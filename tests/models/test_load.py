@@ -181,7 +181,7 @@ SUPPORTED = "supported are " + ", ".join(sorted(family.architecture for family i
     ({"rms_norm_eps": float("nan")}, FileError, "rms_norm_eps is nan:"),
     ({"rms_norm_eps": float("inf")}, FileError, "rms_norm_eps is inf:"),
     ({"num_key_value_heads": 4}, FileError, "6 query heads over 4 KV heads"),
-    ({"head_dim": 3}, FileError, "6 query heads over 2 KV heads of size 3"),
+    ({"head_dim": 3}, FileError, "6 query heads over 2 KV heads of size 3, 3 of it turned"),
     ({"head_dim": None, "hidden_size": 4}, FileError, "6 query heads over 2 KV heads of size 0"),
 ])  # fmt: skip
 def test_configs_that_would_compute_something_else_are_refused(

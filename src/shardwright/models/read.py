@@ -87,7 +87,7 @@ def _config(family: Family, schema: Schema, path: str, tied: bool) -> ModelConfi
     } | schema.traits()
     turned = 0 if said.get("learned_positions") or said.get("alibi") else said["rotary_size"]
     if heads % schema.kv_heads or not size or turned % 2 or turned > size:
-        problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}"
+        problem = f"{heads} query heads over {schema.kv_heads} KV heads of size {size}, {turned} of it turned"
         raise FileError(path, f"{problem}: a group is whole, and rotary turns pairs", "check its config")
     if schema.num_hidden_layers * (heads + 2 * schema.kv_heads) > MAX_HEADS:
         problem = f"{schema.num_hidden_layers:,} layers of {heads:,} and {schema.kv_heads:,} KV heads are not a model"
