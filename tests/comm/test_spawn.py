@@ -155,9 +155,13 @@ def test_a_body_that_is_not_there_is_a_rank_error(capfd: pytest.CaptureFixture[s
     assert "KeyError: 'nobody'" in capfd.readouterr().err
 
 
-def test_no_ranks_is_an_error() -> None:
+def test_no_number_of_ranks_is_an_error() -> None:
     with pytest.raises(UsageError, match="tp=0: tensor parallelism needs at least one rank; pass tp=1"):
         SpawnedJob(0, f"{__name__}:family")
+    with pytest.raises(UsageError, match="tp=257: one host runs at most 256 ranks; pass fewer"):
+        SpawnedJob(257, f"{__name__}:family")
+    with pytest.raises(UsageError, match="tp='auto': it is a number of ranks; pass tp=1"):
+        SpawnedJob("auto", f"{__name__}:family")  # type: ignore[arg-type]
 
 
 def much(group: Group, characters: int) -> str:

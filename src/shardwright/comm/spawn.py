@@ -15,6 +15,7 @@ from typing import Any, Self, cast, final
 
 from shardwright.comm.channel import Channel, Message
 from shardwright.comm.job import GRACE, Job, rebuilt
+from shardwright.comm.launch import MOST_RANKS
 from shardwright.comm.meeting import Backend, default_backend
 from shardwright.errors import RankError, ShardwrightError, UsageError
 
@@ -24,8 +25,12 @@ class SpawnedJob:
     """N ranks forked by a fresh launcher process; otherwise like `Job`."""
 
     def __init__(self, n: int, target: str, arguments: Sequence[Any] = (), backend: Backend | None = None) -> None:
+        if type(n) is not int:
+            raise UsageError("tp", repr(n), "it is a number of ranks", "pass tp=1")
         if n < 1:
             raise UsageError("tp", n, "tensor parallelism needs at least one rank", "pass tp=1")
+        if n > MOST_RANKS:
+            raise UsageError("tp", n, f"one host runs at most {MOST_RANKS} ranks", "pass fewer")
         self._channel, theirs = Channel.pair()
         fd, chosen = theirs.fileno(), backend or default_backend()
         command = [sys.executable, "-m", "shardwright.comm.spawn", str(fd), str(n), target, chosen]
