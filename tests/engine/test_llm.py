@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardwright.engine.llm import LLM
@@ -43,8 +44,19 @@ def test_a_refused_prompt_leaves_the_ranks_usable(llm: LLM) -> None:
         llm.generate([1, 49152])
     with pytest.raises(UsageError, match="context is 8192 tokens"):
         llm.generate([1] * 8192)
+    for strange in ([1.0, 2.0], [True], [np.int64(3)], np.array([3, 4]), b"hello", [None], [[3, "a"]]):
+        with pytest.raises(UsageError, match=r"prompt=.*(a token id is an int|neither text nor a list of token ids)"):
+            llm.generate(strange)
     assert llm.generate([]) == []
     assert llm.generate(QUESTIONS[0], SamplingParams(max_tokens=3))[0].text == "The capital of"
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "seed", "top_k"])
+def test_what_counts_is_whole(name: str) -> None:
+    """Else the ranks would find out, and end."""
+    for value in (2.0, "2", True, None):
+        with pytest.raises(UsageError, match=f"{name}={value!r}: it is a whole number"):
+            SamplingParams(**{name: value})
 
 
 def test_a_missing_model_is_refused_before_a_rank_exists(tmp_path: Path) -> None:

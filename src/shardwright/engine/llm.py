@@ -70,10 +70,12 @@ class LLM:
         raw: without the chat template; what the tokenizer adds by itself is added.
 
         Raises:
-            UsageError: a prompt is empty or too long.
+            UsageError: a prompt is empty, too long, or neither text nor token ids.
             RankError: a rank raised or died; this object is then closed.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = isinstance(prompts, str | bytes) or (
+            isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
+        )
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
         stop = tuple(sorted(self.source.tokenizer.stop_ids))
         requests = [

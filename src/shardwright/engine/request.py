@@ -27,6 +27,9 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "seed", "top_k"):
+            if type(self.__dict__[name]) is not int:
+                raise UsageError(name, repr(self.__dict__[name]), "it is a whole number", "give an int")
         if self.max_tokens < 1:
             raise UsageError("max_tokens", self.max_tokens, "a text has at least one token", "try --max-tokens 64")
         if not isfinite(self.temperature) or self.temperature < 0:

@@ -44,6 +44,11 @@ class ModelSource:
     def encode_all(self, prompts: Sequence[str | Sequence[int]], *, raw: bool) -> list[list[int]]:
         """The same of many; their chat template runs once."""
         for prompt in prompts:
+            if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+                shown = repr(prompt)[:60]
+                raise UsageError(
+                    "prompt", shown, "it is neither text nor a list of token ids", "use a str or ids.tolist()"
+                )
             if not prompt:
                 raise UsageError("prompt", repr(prompt), "there is nothing to continue", "give it some text")
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -57,6 +62,9 @@ class ModelSource:
         if not ids:
             problem = "the model's tokenizer, or its chat template, makes no token of it"
             raise UsageError("prompt", repr(prompt)[:60], problem, "use --raw, or another text")
+        strange = next((i for i in ids if type(i) is not int), None)
+        if strange is not None:
+            raise UsageError("prompt", f"<token {strange!r}>", "a token id is an int", "use ids.tolist() of an array")
         limit, words = self.config.context, self.config.vocabulary
         if len(ids) >= limit:
             problem = f"the model's context is {limit} tokens, and a new one must fit too"
