@@ -4,7 +4,6 @@ Decides which figure wins where several are known. Knows no model.
 """
 
 import re
-import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,8 @@ PER_NODE = 8
 """Devices that share a node's links where nobody says otherwise."""
 
 _CURVES = {f.name for f in fields(Machine)}
+_FIGURES = _CURVES - {"per_node"}  # which follows from the nodes
+_RATES = {"memory", "bandwidth", "bf16", "fp8", "processors", "intra", "inter"}
 _GIGA, _TERA, _GIB = 1e9, 1e12, 2**30
 
 
@@ -119,29 +120,33 @@ def _from_file(path: Path) -> Cluster:
     """`[[nodes]]` with `devices = ["h100", …]` or `device` and `count`; optional `intra_gbs`, `inter_gbs`, and tables
     `[device.NAME]` that start from a known device (`like`) and change figures of `Machine` (rates in bytes a second).
     """
-    try:
-        said = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(path, f"it cannot be read: {error}", "write a TOML file with [[nodes]]") from None
-    own = {name.lower(): _own_device(path, name, row) for name, row in said.get("device", {}).items()}
+    from shardwright.plan.cluster_file import MOST_DEVICES, ClusterFile
+
+    said = ClusterFile.load(path)
+    own = {name.lower(): _own_device(path, name, row.like, row.figures) for name, row in said.device.items()}
     names: list[str] = []
     machines: list[Machine] = []
-    for node in said.get("nodes", []):
-        listed = node.get("devices") or [node.get("device", "")] * int(node.get("count", 1))
-        figures = {k: float(node[f"{k}_gbs"]) * _GIGA for k in ("intra", "inter") if f"{k}_gbs" in node}
+    for node in said.nodes:
+        if bool(node.devices) == bool(node.device):
+            raise FileError(path, "a node has either devices or device and count", 'write devices = ["h100", "h100"]')
+        listed = node.devices or [str(node.device)] * node.count
+        rates = {"intra": node.intra_gbs, "inter": node.inter_gbs}
+        figures = {name: rate * _GIGA for name, rate in rates.items() if rate is not None}
         for name in listed:
             device = own.get(name.lower()) or machine(name)
             names.append(name.lower())
             machines.append(replace(device, per_node=len(listed), **figures))
-    if not machines:
-        raise FileError(path, "it has no [[nodes]] with devices", 'write [[nodes]] and devices = ["h100", "h100"]')
+    if not 1 <= len(machines) <= MOST_DEVICES:
+        problem = f"it has {len(machines):,} devices, not 1 to {MOST_DEVICES:,}"
+        raise FileError(path, problem, 'write [[nodes]] and devices = ["h100", "h100"]')
     return Cluster(str(path), tuple(names), tuple(machines))
 
 
-def _own_device(path: Path, name: str, row: dict[str, Any]) -> Machine:
-    figures = {key: value for key, value in row.items() if key not in ("like", "source")}
-    unknown = sorted(set(figures) - _CURVES)
-    if unknown or "like" not in row:
-        problem = f"device {name} has unknown figures {unknown}" if unknown else f"device {name} lacks `like`"
-        raise FileError(path, problem, f'start from a known device with like = "h100"; figures are {sorted(_CURVES)}')
-    return replace(machine(row["like"]), **figures)
+def _own_device(path: Path, name: str, like: str, figures: dict[str, float]) -> Machine:
+    unknown = sorted(set(figures) - _FIGURES)
+    if unknown:
+        raise FileError(path, f"device {name} has unknown figures {unknown}", f"figures are {sorted(_FIGURES)}")
+    zero = sorted(key for key, value in figures.items() if key in _RATES and not value)
+    if zero:
+        raise FileError(path, f"device.{name}.{zero[0]} is 0", "leave it out, or give what the device has")
+    return replace(machine(like), **figures)
