@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from shardwright.errors import UsageError
 from shardwright.plan.training import Split
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -21,6 +22,14 @@ def divisors(n: int) -> list[int]:
     """All divisors, ascending."""
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
+
+
+def none_at_all(devices: int, per_node: int, layers: int, replicas: int) -> UsageError:
+    """What to say where no candidate uses all devices. replicas: the most there may be."""
+    most = f"tensor parallelism {NODES_OF_TP * per_node}, pipelines {layers}, replicas {replicas:,} ranks at most"
+    return UsageError(
+        "cluster", f"<{devices:,} devices>", f"no split uses them all: {most}", "use another number of them"
+    )
 
 
 def training_splits(devices: int, per_node: int, layers: int, global_batch: int) -> Split:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shardwright.plan import memory, work
 from shardwright.plan.blocks import Blocks
-from shardwright.plan.candidates import training_splits
+from shardwright.plan.candidates import none_at_all, training_splits
 from shardwright.plan.curves import Machine
 from shardwright.plan.found import Found, Layout, Loser, by_kind, warnings_of
 from shardwright.plan.hardware import Cluster
@@ -96,6 +96,9 @@ def price(blocks: Blocks, cluster: Cluster, training: Training, software: Softwa
     split = training_splits(cluster.size, int(machine.per_node), int(blocks.layers), int(training.global_batch))
     if shared:
         split = picked(split, np.flatnonzero(split.dp == 1))
+    if not len(split.tp):
+        replicas = 1 if shared else int(training.global_batch)
+        raise none_at_all(cluster.size, int(machine.per_node), int(blocks.layers), replicas)
     scene = Scene(blocks=blocks, training=training, split=split, machine=machine, software=software)
     held, seconds = memory.worst(scene), step(scene)
     ones = np.ones_like(split.tp)

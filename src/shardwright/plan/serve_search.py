@@ -9,7 +9,7 @@ import numpy as np
 
 from shardwright.plan import work
 from shardwright.plan.blocks import Blocks
-from shardwright.plan.candidates import serving_splits
+from shardwright.plan.candidates import none_at_all, serving_splits
 from shardwright.plan.curves import Machine
 from shardwright.plan.found import GIB, Found, Layout, Loser, by_kind, warnings_of
 from shardwright.plan.hardware import Cluster
@@ -36,6 +36,8 @@ def plan_serving(
     tp, pp, dp, batch = serving_splits(cluster.size, int(machine.per_node), int(blocks.layers), BATCHES)
     if shared:
         tp, pp, dp, batch = (column[dp == 1] for column in (tp, pp, dp, batch))
+    if not len(tp):
+        raise none_at_all(cluster.size, int(machine.per_node), int(blocks.layers), 1)
     load = Load(input=load.input, output=load.output, batch=batch, fp8=load.fp8 + 0 * tp)
     stage = Stage(blocks=blocks, machine=machine, server=server, tp=tp, pp=pp)
     seen = service(stage, load)
