@@ -182,7 +182,16 @@ def test_models_from_files(tmp_path: Path) -> None:
         (["qwen1.5-72b", "--cluster", "8xh10"], "did you mean h100"),
         (["qwen1.5-72b", "--train", "--serve", "--cluster", "8xh100"], "serve=True"),
         (["qwen1.5-72b", "--precision", "fp3", "--cluster", "8xh100"], "precision=fp3"),
-        (["qwen1.5-72b", "--train", "--global-batch", "0", "--cluster", "8xh100"], "train=0"),
+        (["qwen1.5-72b", "--train", "--global-batch", "0", "--cluster", "8xh100"], "global_batch=0"),
+        (["qwen1.5-72b", "--train", "--seq", "-1", "--cluster", "8xh100"], "seq=-1"),
+        (["qwen1.5-72b", "--input", "0", "--cluster", "8xh100"], "input=0"),
+        (["qwen1.5-72b", "--output", "0", "--cluster", "8xh100"], "output=0"),
+        (["qwen1.5-72b", "--latency", "0", "--cluster", "8xh100"], "latency=0 ms"),
+        (["qwen1.5-72b", "--latency", "nan", "--cluster", "8xh100"], "latency=nan ms"),
+        (["qwen1.5-72b", "--latency", "9", "--train", "--cluster", "8xh100"], "latency=9 ms: a training step"),
+        (["qwen1.5-72b", "--software", "megatron_core", "--cluster", "8xh100"], "software=megatron_core: there is no"),
+        (["qwen1.5-72b", "--software", "vlm", "--cluster", "8xh100"], "did you mean vllm"),
+        (["qwen1.5-72b", "--software", "vllm", "--train", "--cluster", "8xh100"], "software=vllm: there is no such"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str) -> None:

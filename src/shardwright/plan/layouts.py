@@ -1,6 +1,7 @@
 """`plan_layout`: a plan from names, as the command line and Python call it."""
 
 from shardwright.errors import UsageError
+from shardwright.plan.catalogue import read, resolve
 from shardwright.plan.found import Found
 from shardwright.plan.hardware import Cluster, parse_cluster
 from shardwright.plan.search import plan_training
@@ -25,16 +26,25 @@ def plan_layout(
 
     model: built-in name, Hugging Face directory, config.json or GGUF · cluster: `8xh100`, `4x8xa100-80`, a TOML file ·
     train: sequences a step and tokens of each; without it the model is served · serve: tokens in and out of a request
-    · latency_s: most seconds a token may take · software: a profile of `plan/data` · precision: bf16 or fp8.
+    · latency_s: most seconds a token may take when served · software: a profile of `plan/data`'s `software.toml`, or
+    `serving.toml` · precision: bf16 or fp8.
 
     Raises:
         UsageError: a name is unknown (the near ones are listed), or a number makes no sense.
     """
     if precision not in ("bf16", "fp8"):
         raise UsageError("precision", precision, "plans are for bf16 and fp8", "use one of them")
-    for name, value in (("train", min(train or (1,))), ("serve", min(serve)), ("latency", latency_s or 1)):
-        if value <= 0:
-            raise UsageError(name, value, "sequences, tokens and seconds are above 0", "give a positive number")
+    counts = dict(zip(("input", "output") if train is None else ("global_batch", "seq"), train or serve, strict=True))
+    for name, value in counts.items():
+        if not value >= 1:
+            raise UsageError(name, value, "sequences and tokens are at least 1", "give a positive number")
+    if latency_s is not None and train is not None:
+        raise UsageError("latency", f"{1e3 * latency_s:g} ms", "a training step gives no tokens one by one", "drop it")
+    if latency_s is not None and not latency_s > 0:
+        raise UsageError(
+            "latency", f"{1e3 * latency_s:g} ms", "a token takes more than no time", "give a positive number"
+        )
+    software = resolve(read("serving" if train is None else "software"), software, "software")
     fp8 = float(precision == "fp8")
     name, blocks = open_model(model)
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
