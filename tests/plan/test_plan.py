@@ -170,6 +170,20 @@ def test_models_from_files(tmp_path: Path) -> None:
     file.write_text('{"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}')
     with pytest.raises(UnsupportedError, match="mixture of experts"):
         plan_layout(str(file), "2xh100")
+    for wrong, said in (
+        ({"num_key_value_heads": "x"}, "num_key_value_heads is 'x', no size"),
+        ({"num_key_value_heads": 5}, "4 query heads over 5 KV heads of size 16"),
+        ({"intermediate_size": [1, 2]}, r"intermediate_size is \[1, 2\], no size"),
+        ({"n_layer": 10**30}, "n_layer is 1000000"),
+        ({"n_layer": True}, "n_layer is True, no size"),
+        ({"head_dim": -1}, "head_dim is -1, no size"),
+        ({"hidden_size": 2}, "4 query heads over 4 KV heads of size 0"),
+        ({"sliding_window": "a"}, "sliding_window is 'a', no size"),
+    ):
+        sizes = {"architectures": ["BloomForCausalLM"], "n_layer": 2, "n_embed": 64, "n_head": 4, "vocab_size": 99}
+        file.write_text(json.dumps(sizes | wrong))
+        with pytest.raises(FileError, match=f"config.json: {said}"):
+            plan_layout(str(file), "2xh100")
     file.write_text('{"architectures": ["BloomForCausalLM"], "n_layer": 2}')
     with pytest.raises(FileError, match="no hidden_size"):
         plan_layout(str(file), "2xh100")

@@ -18,6 +18,9 @@ KEYS = {
 }
 """What families call the sizes without which there is no plan."""
 
+MOST = 1 << 28
+"""No size of a model is larger."""
+
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -51,7 +54,7 @@ def _from_path(path: Path) -> Blocks:
     if any(isinstance(count, int) and count > 1 for count in counts):
         raise UnsupportedError(f"{file}: a mixture of experts; the cost model covers dense models")
     try:
-        return of_config(read_config(Checkpoint(str(file.parent), said, {}))[0])
+        return of_config(read_config(Checkpoint(str(file), said, {}))[0])
     except UnsupportedError:
         return _from_keys(file, said)
 
@@ -61,22 +64,33 @@ def _from_keys(file: Path, said: Mapping[str, Any]) -> Blocks:
     sizes = {name: _size(file, said, keys) for name, keys in KEYS.items()}
     heads, hidden = sizes["heads"], sizes["hidden"]
     gated = str(said.get("hidden_act", said.get("hidden_activation", ""))) in ("silu", "swiglu", "gelu_pytorch_tanh")
-    kv_heads = said.get("num_key_value_heads") or said.get("n_head_kv") or (1 if said.get("multi_query") else heads)
-    wide = said.get("intermediate_size") or said.get("ffn_dim") or said.get("n_inner") or 4 * hidden
-    window = said.get("sliding_window") if said.get("use_sliding_window", True) else 0
+    kv_heads = _size(file, said, ("num_key_value_heads", "n_head_kv"), 1 if said.get("multi_query") else heads)
+    head_size = _size(file, said, ("head_dim",), hidden // heads)
+    if heads % kv_heads or not head_size:
+        problem = f"{heads} query heads over {kv_heads} KV heads of size {head_size}: a group is whole"
+        raise FileError(file, problem, "check the config")
+    windowed = said.get("sliding_window") and said.get("use_sliding_window", True)
     return of_sizes(
         **sizes,
-        feed_forward=wide,
+        feed_forward=_size(file, said, ("intermediate_size", "ffn_dim", "n_inner"), 4 * hidden),
         kv_heads=kv_heads,
-        head_size=said.get("head_dim") or hidden // heads,
+        head_size=head_size,
         gated=int(gated),
         tied=int(bool(said.get("tie_word_embeddings", not gated))),
-        window=window or 0,
+        window=_size(file, said, ("sliding_window",)) if windowed else 0,
     )
 
 
-def _size(file: Path, said: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+def _size(file: Path, said: Mapping[str, Any], keys: tuple[str, ...], otherwise: int | None = None) -> int:
     for key in keys:
-        if isinstance(said.get(key), int) and said[key] > 0:
-            return int(said[key])
-    raise FileError(file, f"it has no {keys[0]}", "pass the config.json of a decoder-only transformer")
+        value = said.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= MOST:
+            raise FileError(
+                file, f"{key} is {value!r:.60}, no size", "pass the config.json of a decoder-only transformer"
+            )
+        return value
+    if otherwise is None:
+        raise FileError(file, f"it has no {keys[0]}", "pass the config.json of a decoder-only transformer")
+    return otherwise
