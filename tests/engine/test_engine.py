@@ -10,6 +10,7 @@ from shardwright.engine.engine import Engine
 from shardwright.engine.request import Finish, Request, SamplingParams
 from shardwright.engine.scheduler import Scheduler
 from shardwright.layers.batch import Batch
+from shardwright.models.compilable import kv_dtype
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
 from shardwright.models.rope import LongRopeScaling
@@ -78,3 +79,12 @@ def test_batches_chunks_and_pages_change_nothing(
     assert len(expected[1][0]) == 7
     given = ThreadGroup.run(ranks, lambda group: continued(group, config, page, budget, sequences))
     assert given == [expected] * ranks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_pages_are_of_the_type_that_is_told_beforehand(shape: dict[str, object], dtype: str) -> None:
+    """`check` counts their bytes from the config alone; the compiled step keeps float32 beside bfloat16 weights."""
+    config = tiny_config(dtype=dtype, **shape)
+    engine = Engine(Decoder(config, SingleGroup()).to(getattr(torch, dtype)))
+    assert {kv.k.dtype for kv in engine.kv} == {getattr(torch, kv_dtype(config))}

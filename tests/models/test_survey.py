@@ -9,6 +9,7 @@ import torch
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.comm.planned import PlannedGroup
 from shardwright.layers.kv import PagedKV
+from shardwright.models.compilable import kv_dtype
 from shardwright.models.config import ModelConfig
 from shardwright.models.decoder import Decoder
 from shardwright.models.families import by_name
@@ -34,7 +35,8 @@ def check_rank(config: ModelConfig, found: Degree, rank: int) -> None:
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
         model = Decoder(config, PlannedGroup(rank, found.tp)).to(dtype)
-        kv = PagedKV(1000, model.cuts.heads.kv_width(rank), config.head_size, dtype, pages=1)
+        kept = getattr(torch, kv_dtype(config))  # which is the engine's, as its tests show
+        kv = PagedKV(1000, model.cuts.heads.kv_width(rank), config.head_size, kept, pages=1)
     share, attention = found.ranks[rank], model.layers[0].attention
     assert share.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
     assert share.kv_bytes_per_1000_tokens == config.layers * (kv.k.nbytes + kv.v.nbytes)

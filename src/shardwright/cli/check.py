@@ -31,7 +31,8 @@ class CheckOptions:
 def check(options: CheckOptions) -> None:
     """Say from config and headers alone whether a model is supported, and what each of 1 to 16 ranks would hold.
 
-    Exits with 4 where it is not supported. Bytes are of weights as loaded and of KV at their type.
+    Exits with 4 where it is not supported. Bytes are of weights as loaded and of KV as generate keeps it on ranks of
+    one host: at their type, and in float32 where decoding is compiled.
 
     Example:  shardwright check --model examples/configs/llama-3.1-405b.json
     """

@@ -1,4 +1,4 @@
-"""Which models the compiled decode step computes, by their config alone. No torch, no numba."""
+"""Which models the compiled decode step computes, by their config alone, and what follows. No torch, no numba."""
 
 from shardwright.models.config import ModelConfig
 
@@ -24,3 +24,9 @@ def lacking_in_compiled(config: ModelConfig) -> str | None:
         "angles that follow a text's length": scaling is not None and scaling.follows_length,
     }
     return next((f"the compiled step has no {what}" for what, there in has.items() if there), None)
+
+
+def kv_dtype(config: ModelConfig) -> str:
+    """The type of keys and values: that of the weights, but float32 for the compiled step, which rounds none."""
+    compiled = config.dtype in ("float32", "bfloat16") and lacking_in_compiled(config) is None
+    return "float32" if compiled else config.dtype

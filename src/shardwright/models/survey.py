@@ -13,6 +13,7 @@ from shardwright.checkpoint.opening import open_checkpoint
 from shardwright.checkpoint.source import Checkpoint
 from shardwright.layout.partition import Partition
 from shardwright.layout.spec import BYTES, Specs, stored_bytes
+from shardwright.models.compilable import kv_dtype
 from shardwright.models.config import ModelConfig
 from shardwright.models.family import Naming
 from shardwright.models.specs import Cuts, model_specs
@@ -111,7 +112,7 @@ def _share(config: ModelConfig, cuts: Cuts, rank: int, table: Specs) -> RankShar
         feed_forward=cuts.feed_forward.widths[rank],
         vocabulary=cuts.vocabulary.widths[rank],
         weight_bytes=sum(sizes.values()),
-        kv_bytes_per_1000_tokens=1000 * 2 * config.layers * kv_heads * config.head_size * BYTES[config.dtype],
+        kv_bytes_per_1000_tokens=1000 * 2 * config.layers * kv_heads * config.head_size * BYTES[kv_dtype(config)],
     )
 
 
