@@ -121,6 +121,9 @@ def test_nothing_to_price(tmp_path: Path) -> None:
     path.write_text("device,step_time_s\nh100,1\n")
     with pytest.raises(UsageError, match="none can be priced"):
         validate(path)
+    path.write_text("a;b\n1;2\n")
+    with pytest.raises(UsageError, match="rows=1: none can be priced; no row has step_time_s"):
+        validate(path)
     path.write_text("device\n")
     with pytest.raises(FileError, match="no rows"):
         validate(path)

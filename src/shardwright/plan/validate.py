@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shardwright.errors import UsageError
 from shardwright.plan import memory
 from shardwright.plan.row_cells import Row, Skipped
 from shardwright.plan.rows import Priced, price_rows, read_rows
@@ -104,6 +105,10 @@ def errors_of(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> 
 
 def _of_training(rows: Sequence[Row]) -> Validation:
     measured_ones = [number for number, row in enumerate(rows, 1) if _positive(row.get("step_time_s", ""))]
+    if not measured_ones:
+        raise UsageError(
+            "rows", len(rows), "none can be priced", "no row has step_time_s; docs/planner.md has the columns"
+        )
     unmeasured = [
         Skipped(n, "step_time_s is not measured") for n in range(1, len(rows) + 1) if n not in set(measured_ones)
     ]
