@@ -89,7 +89,7 @@ def test_explain_as_json_lists_both_ends_and_a_layer() -> None:
     (("--tp", "0"), "tp=0: tensor parallelism needs at least one rank"),
     (("--tp", "2", "--tensor", "blk.0.attn_z.weight"), "the model has none of that name; did you mean blk.0.attn_"),
     (("--tp", "2", "--tensor", "blk.77.attn_k.weight"), "tensor=blk.77.attn_k.weight: the model has 30 layers"),
-    (("--tp", "2", "--svg", "picture.gif"), "svg=picture.gif: pictures are SVG or PNG"),
+    (("--tp", "2", "--svg", "picture.gif"), "svg=picture.gif: it is written as .svg or .png"),
     (("--tp", "2", "--svg", "no/such/x.svg"), "svg=no/such/x.svg: there is no such directory"),
 ])  # fmt: skip
 def test_explain_refuses(arguments: tuple[str, ...], words: str) -> None:

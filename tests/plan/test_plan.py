@@ -204,6 +204,11 @@ def test_models_from_files(tmp_path: Path) -> None:
         (["qwen1.5-72b", "--latency", "nan", "--cluster", "8xh100"], "latency=nan ms"),
         (["qwen1.5-72b", "--latency", "9", "--train", "--cluster", "8xh100"], "latency=9 ms: a training step"),
         (["qwen1.5-72b", "--software", "megatron_core", "--cluster", "8xh100"], "software=megatron_core: there is no"),
+        (
+            ["qwen1.5-72b", "--html", "no/such/x.html", "--cluster", "8xh100"],
+            "html=no/such/x.html: there is no such dir",
+        ),
+        (["qwen1.5-72b", "--html", "x.pdf", "--cluster", "8xh100"], "html=x.pdf: it is written as .html or .htm"),
         (["qwen1.5-72b", "--software", "vlm", "--cluster", "8xh100"], "did you mean vllm"),
         (["qwen1.5-72b", "--software", "vllm", "--train", "--cluster", "8xh100"], "software=vllm: there is no such"),
     ],

@@ -129,6 +129,14 @@ def test_nothing_to_price(tmp_path: Path) -> None:
         validate(path)
 
 
+@pytest.mark.parametrize(("picture", "said"), [("no/such/x.png", "no such directory"), ("x.gif", "as .svg or .png")])
+def test_a_picture_that_cannot_be_written_is_refused(data: Path, picture: str, said: str) -> None:
+    done = CliRunner().invoke(app, ["validate", str(data / "train_runs.csv"), "--png", picture])
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception).startswith(f"png={picture}: ")
+    assert said in str(done.exception)
+
+
 def test_the_command(data: Path, tmp_path: Path) -> None:
     png = tmp_path / "scatter.png"
     done = CliRunner().invoke(app, ["validate", str(data / "train_runs.csv"), "--json", "--png", str(png)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardwright.cli.options import with_options
+from shardwright.cli.options import PICTURES, check_output, with_options
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def explain(options: ExplainOptions) -> None:
     from shardwright.models.survey import open_headers
 
     check_ranks(options.tp)
+    check_output("svg", options.svg, PICTURES)
     path = options.model or embedded_model()
     with open_headers(path) as checkpoint:
         config, naming = read_config(checkpoint)
@@ -68,10 +69,6 @@ def explain(options: ExplainOptions) -> None:
 def _draw(path: Path, found: "Sequence[Holding]", ranks: int, model: Path) -> None:
     from shardwright.charts.holdings import Bar, holdings
 
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError("svg", path, "pictures are SVG or PNG", "end the name in .svg")
-    if not path.parent.is_dir():
-        raise UsageError("svg", path, "there is no such directory", "make it first")
     bars = [Bar(_label(holding, ranks), holding.shape[holding.cut or 0], holding.spans()) for holding in found]
     holdings(path, bars, ranks, title=f"{model.name} on {ranks} ranks")
 

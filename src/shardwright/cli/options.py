@@ -4,8 +4,10 @@ What several commands take is read here, once.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from shardwright.errors import UsageError
@@ -21,6 +23,24 @@ def ranks_or_auto(said: str) -> int | None:
         return int(said)
     except ValueError:
         raise UsageError("tp", said, "it is a number of ranks, or auto", "try --tp 2") from None
+
+
+PICTURES = (".svg", ".png")
+"""How names of pictures end."""
+
+
+def check_output(option: str, path: Path | None, endings: tuple[str, ...]) -> None:
+    """Refuse a file that cannot be written there, before there is anything to write."""
+    if path is None:
+        return
+    if path.suffix not in endings:
+        raise UsageError(option, path, f"it is written as {' or '.join(endings)}", f"end the name in {endings[0]}")
+    if path.is_dir():
+        raise UsageError(option, path, "there is a directory of that name", "choose another one")
+    if not path.parent.is_dir():
+        raise UsageError(option, path, "there is no such directory", "make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(option, path, "it cannot be written", "check the permissions, or choose another place")
 
 
 def with_options(kind: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:

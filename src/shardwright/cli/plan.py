@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shardwright.cli.measure import measured_machine
-from shardwright.cli.options import with_options
+from shardwright.cli.options import check_output, with_options
 from shardwright.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def plan(options: PlanOptions) -> None:
 
     if options.train and options.serve:
         raise UsageError("serve", True, "a plan is for training or for serving", "drop --train or --serve")
+    check_output("html", options.html, (".html", ".htm"))
     cluster = parse_cluster(options.cluster) if options.cluster else cluster_of(measured_machine())
     found = plan_layout(
         options.model,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shardwright.cli.options import with_options
+from shardwright.cli.options import PICTURES, check_output, with_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +32,7 @@ def validate(options: ValidateOptions) -> None:
     """
     from shardwright.plan.validate import validate as validated
 
+    check_output("png", options.png, PICTURES)
     report = validated(options.csv)
     if options.png is not None:
         from shardwright.charts.scatter import scatter
