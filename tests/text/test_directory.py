@@ -151,6 +151,26 @@ def test_equals_transformers(save: Callable[[Path], None], tmp_path: Path) -> No
     compare(tmp_path)
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("said", [
+    {"eos_token": "<end>"},
+    {"eos_token": {"content": "<end>", "__type": "AddedToken", "rstrip": False, "special": True}},
+    {"additional_special_tokens": ["<end>"]},
+    {"extra_special_tokens": ["<end>"]},
+])  # fmt: skip
+def test_tokens_keep_what_tokenizer_json_says_of_them(said: dict[str, object], special: bool, tmp_path: Path) -> None:
+    """Which spaces they swallow, whoever names them again; only a name of its own makes one special."""
+    backend = byte_level([])
+    backend.add_tokens([tokenizers.AddedToken("<end>", lstrip=True, rstrip=True, normalized=False, special=special)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **said)
+    theirs, ours = oracle(tmp_path), Tokenizer.from_directory(tmp_path)
+    text = "one <end>  two<end>"
+    ids = ours.encode(text)
+    assert ids == theirs(text).input_ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("flags", [{"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}])
 @pytest.mark.parametrize("save", [llama3, qwen])
 def test_flags_beside_tokenizer_json_are_not_heard(

@@ -37,7 +37,9 @@ def read(path: Path) -> Parts:
         # A length limit or padding saved with a tokenizer is a habit of its training, never wanted in a prompt.
         backend.no_truncation()
         backend.no_padding()
-        backend.add_tokens(list(_added(config, names)))
+        backend.add_tokens(list(_listed(config)))
+        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens(list(_special(config, names, known)))
         # A post-processor that names unknown tokens fails at its first use, so that is now.
         backend.encode("")
     return Parts(
@@ -104,8 +106,8 @@ def _names(path: Path, config: _Json) -> dict[str, str]:
     return {name: token for name, token in found.items() if token is not None}
 
 
-def _added(config: _Json, names: Mapping[str, str]) -> Iterator[tokenizers.AddedToken]:
-    """Tokens that only the configuration lists, or only it calls special, in the order in which they get ids."""
+def _listed(config: _Json) -> Iterator[tokenizers.AddedToken]:
+    """Tokens that the configuration lists, in the order in which they get ids."""
     listed = config.values.get("added_tokens_decoder", {})
     if not isinstance(listed, dict):
         raise config.wrong("added_tokens_decoder", "an object")
@@ -114,15 +116,24 @@ def _added(config: _Json, names: Mapping[str, str]) -> Iterator[tokenizers.Added
             raise config.wrong("added_tokens_decoder", "a list of tokens by their ids")
         flags = {flag: token.get(flag) is True for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         yield tokenizers.AddedToken(token["content"], **flags)
-    for token in names.values():
-        yield tokenizers.AddedToken(token, normalized=False, special=True)
+
+
+def _special(
+    config: _Json, names: Mapping[str, str], known: Mapping[str, tokenizers.AddedToken]
+) -> Iterator[tokenizers.AddedToken]:
+    """Tokens that are special by their name, and otherwise as they are `known`; then further ones that are not."""
+    for name in names.values():
+        token = known.get(name) or tokenizers.AddedToken(name, normalized=False)
+        token.special = True
+        yield token
     for key in ("extra_special_tokens", "additional_special_tokens"):
         extra = config.values.get(key) or []
-        for token in extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]:
-            content = token.get("content") if isinstance(token, dict) else token
+        for said in extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else [extra]:
+            content = said.get("content") if isinstance(said, dict) else said
             if not isinstance(content, str):
                 raise config.wrong(key, "a list of tokens")
-            yield tokenizers.AddedToken(content, normalized=False, special=True)
+            if content not in known:
+                yield tokenizers.AddedToken(content, normalized=False, special=True)
 
 
 def _stop_ids(path: Path, eos: int | None) -> frozenset[int]:
