@@ -264,6 +264,14 @@ def test_every_end_of_turn_stops() -> None:
     assert Tokenizer.from_gguf(tiny(eos_token_id=None), "x").stop_ids == frozenset()
 
 
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"])
+def test_a_turn_ends_by_its_token_though_no_key_names_it(end: str) -> None:
+    """Phi-3's files name `<|endoftext|>` alone; a control token of that text stops, and plain text never does."""
+    tokens = ["<s>", "<|endoftext|>", "a", "b", "ab", end]
+    assert Tokenizer.from_gguf(tiny(tokens=tokens, token_type=[3, 3, 1, 1, 1, 3]), "x").stop_ids == {1, 5}
+    assert Tokenizer.from_gguf(tiny(tokens=tokens, token_type=[3, 3, 1, 1, 1, 1]), "x").stop_ids == {1}
+
+
 def test_files_without_token_types() -> None:
     """Old ones: the named tokens are special all the same."""
     assert Tokenizer.from_gguf(tiny(token_type=None), "x").encode("a<s>b") == [2, 0, 3]

@@ -25,6 +25,10 @@ NAMES = {
     "unk_token": "unknown_token_id",
 }
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
+TURN_ENDS = ("<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
+"""Control tokens that end a text whatever the keys say, as in llama.cpp (`special_eog_ids` in its `llama-vocab.cpp`):
+files of chat models (Phi-3, Gemma, early Llama 3) name the end of a document alone."""
+
 KINDS = {"gpt2": byte_level.build, "llama": sentencepiece.build}
 
 
@@ -48,9 +52,16 @@ def read(metadata: Mapping[str, object], path: Path) -> Parts:
         backend=backend,
         origin=path,
         names=names,
-        stop_ids=frozenset(i for key in STOPS if (i := keys.token(key, len(tokens))) is not None),
+        stop_ids=_stop_ids(keys, tokens),
         chat_template=keys.chat_template(),
     )
+
+
+def _stop_ids(keys: Keys, tokens: list[str]) -> frozenset[int]:
+    """What the keys name, and what ends a turn by its text."""
+    named = {i for key in STOPS if (i := keys.token(key, len(tokens))) is not None}
+    kinds = zip(tokens, keys.kinds(len(tokens)), strict=True)
+    return frozenset(named | {i for i, (token, kind) in enumerate(kinds) if kind == CONTROL and token in TURN_ENDS})
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, tokens: list[str], keys: Keys, named: frozenset[str]) -> None:
