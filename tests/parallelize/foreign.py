@@ -137,6 +137,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
         "chained": (Chained(), (narrow,)),
         "interleaved": (Interleaved(), (narrow,)),
         "telling": (Telling(), (narrow,)),
+        "headed": (nn.Sequential(nn.Linear(12, 19), nn.ReLU(), nn.LayerNorm(19), nn.Linear(19, 20)), (narrow,)),
     }
     module, inputs = modules[name]
     return module.double(), inputs
@@ -153,4 +154,5 @@ FOREIGN = (
     "chained",
     "interleaved",
     "telling",
+    "headed",
 )

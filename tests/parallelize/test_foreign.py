@@ -4,7 +4,7 @@ import pytest
 from tests.parallelize.foreign import FOREIGN, build
 from tests.parallelize.twins import compare
 
-OWN_FORWARD = {"attention", "uneven", "mixer", "branching", "twice", "chained", "telling"}
+OWN_FORWARD = {"attention", "uneven", "mixer", "branching", "twice", "chained", "telling", "headed"}
 """The others multiply inside a module that does more, or end in a convolution: their traced graph runs."""
 
 

@@ -102,7 +102,10 @@ class RowScatter(_Product):
 
 @final
 class ColumnGather(_Product):
-    """`x [..., I]` → `y [..., O]`, gathered from the ranks' columns; or this rank's `y_r` where `widths` is None."""
+    """`x [..., I]` → `y [..., O]`, gathered from the ranks' columns; or this rank's `y_r` where `widths` is None.
+
+    Each rank's gradient of `x` is its part of a sum, which is for whoever places this module to sum: `CopyHook`.
+    """
 
     def __init__(self, old: nn.Module, product: Product, group: Group, widths: Sequence[int] | None) -> None:
         super().__init__(old, product, group)
@@ -110,7 +113,7 @@ class ColumnGather(_Product):
 
     def forward(self, x: Tensor) -> Tensor:
         """`all_gather(x @ w_r + b_r)`."""
-        y = self._biased(regions.copy(x, self.group, self.tag) @ self._weight())
+        y = self._biased(x @ self._weight())
         return y if self.widths is None else regions.gather(y, y.dim() - 1, self.widths, self.group, self.tag)
 
 

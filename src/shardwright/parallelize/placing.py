@@ -81,12 +81,10 @@ def hook(part: nn.Module, planned: Planned, group: Group) -> None:
     """Sum gradients where a value that every rank holds enters a chain."""
     places = planned.places
     assert places is not None
-    gathered = {product.path for product in places.gathers}
     for path in places.outputs:
         part.get_submodule(path).register_forward_hook(CopyHook(group, path).after)
     for path in places.inputs:
-        if path not in gathered:
-            part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before, with_kwargs=True)
+        part.get_submodule(path).register_forward_pre_hook(CopyHook(group, path).before, with_kwargs=True)
     _hook_draws(part, planned, group.rank)
 
 
@@ -123,6 +121,7 @@ def place_simply(part: nn.Module, simple: Simple, group: Group) -> nn.Module:
             new = RowScatter(old, product, group, partition.widths)
         else:
             new = ColumnGather(old, product, group, None if product.path in simple.local else partition.widths)
+            new.register_forward_pre_hook(CopyHook(group, product.path).before, with_kwargs=True)
         if not product.path:  # the model is one linear
             return new
         part.set_submodule(product.path, new)
