@@ -21,6 +21,8 @@ def linear(flow: Flow, node: Node) -> Tensor | None:
 
 def addmm(flow: Flow, node: Node) -> Tensor | None:
     """`b + x @ w`, `w [I, O]`."""
+    if node.kwargs:  # by factors
+        return flow.surrender(node)
     bias, x, weight = node.args
     return _with_weight(flow, node, x, weight, bias, (1, 0), -1)
 
@@ -126,6 +128,9 @@ def _with_weight(
     if not isinstance(bias, Node):
         return out
     added = flow.labels(bias, node)
+    if out is None:  # every rank multiplies whole, and so it adds
+        flow.findings.whole(node.name, added)
+        return None
     size = shape_of(bias) + (1,) * (len(shape) - 1 - at)
     added = None if added is None else added.view(size)
     return pointwise(flow, node, [(out, shape, None), (added, size, bias)])
