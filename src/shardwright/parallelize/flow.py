@@ -92,7 +92,8 @@ class Flow:
             return None
         shape = tuple(found.shape)
         layers = tuple(
-            self.findings.source(name, dim, shape) if self.live(name, dim) else None for dim in range(len(shape))
+            self.findings.source(name, dim, shape) if shape[dim] > 1 and self.live(name, dim) else None
+            for dim in range(len(shape))
         )
         return Parameter(name, shape, layers)
 
@@ -163,7 +164,7 @@ def pointwise(
             else:
                 flow.findings.need(node.name, labels, out)
     for found, size, argument in operands:
-        if found is None and isinstance(argument, Node) and size:
+        if found is None and isinstance(argument, Node):
             flow.findings.entries.append((node.name, argument.name))
             dims = [len(shape) - 1 - i for i, n in enumerate(reversed(size)) if n > 1]
             flow.findings.unite(node.name, out, dims)
