@@ -126,6 +126,13 @@ class Placement:
             if not np.isin(classes, list(owners)).any():
                 self.held[np.isin(self.classes.of, classes)] = True
 
+    def part(self, labels: Tensor, rank: int) -> Tensor | None:
+        """The labels that a rank holds of a tensor, in its local shape; None if it holds none, or one twice."""
+        times = np.where(labels.numpy() < 0, 1, self.times[np.maximum(labels.numpy(), 0), rank])
+        if not times.any() or (times > 1).any():
+            return None
+        return labels[torch.from_numpy(times > 0)].view(self._counts(labels.numpy(), rank))
+
     def lost(self) -> tuple[Pick, int] | None:
         """A pick by number that would find another place on a rank, and the rank."""
         for pick in self.findings.picks:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
@@ -16,6 +16,7 @@ from shardwright.parallelize.chains import Chain
 from shardwright.parallelize.decide import Decision, again, decide
 from shardwright.parallelize.draws import Draw, draws_of
 from shardwright.parallelize.labels import compact
+from shardwright.parallelize.misfits import misfit
 from shardwright.parallelize.placement import Placement, ranges
 from shardwright.parallelize.plan import MODULES, Cut, Move, Plan
 from shardwright.parallelize.sites import Sites, sites
@@ -83,21 +84,32 @@ def in_other_mode(planned: Planned, trace: Trace) -> Planned:
 
 
 def _decided(trace: Trace, ranks: int) -> tuple[Decision, Placement]:
-    """What is split over so many ranks; a chain with a place picked by number that a rank would not find is whole."""
+    """What is split over so many ranks; a chain of which some rank would not find a place where it looks is whole."""
     barred: dict[str, str] = {}
     while True:
         decision = decide(trace, barred)
         placement = Placement(decision, ranks)
-        lost = placement.lost()
-        if lost is None:
+        wrong = _wrong(decision, placement)
+        if wrong is None:
             return decision, placement
-        pick, rank = lost
-        numbers = ", ".join(map(str, pick.numbers))
-        why = f"{pick.node} picks place {numbers} of {pick.labels.shape[pick.dim]}, which rank {rank} would not find"
-        own = placement.classes.of[compact(pick.labels).reshape(-1).clamp(min=0).numpy()]
+        labels, why = wrong
+        own = placement.classes.of[compact(labels).reshape(-1).clamp(min=0).numpy()]
         for chain in decision.chains:
             if any(np.isin(placement.classes.of[one.start : one.start + one.size], own).any() for one in chain.sources):
                 barred |= dict.fromkeys(chain.parameters, why)
+
+
+def _wrong(decision: Decision, placement: Placement) -> tuple[Tensor, str] | None:
+    """Labels that cannot be dealt out so, and why."""
+    if lost := placement.lost():
+        pick, rank = lost
+        numbers = ", ".join(map(str, pick.numbers))
+        why = f"{pick.node} picks place {numbers} of {pick.labels.shape[pick.dim]}, which rank {rank} would not find"
+        return pick.labels, why
+    if found := misfit(decision.flow, placement):
+        node, labels, rank = found
+        return labels, f"{node.name} would not find on rank {rank} what it needs together"
+    return None
 
 
 def _notes(draws: tuple[Draw, ...], runs: str) -> Iterator[str]:

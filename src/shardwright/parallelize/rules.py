@@ -18,9 +18,21 @@ SAME = ("alias", "clone", "contiguous", "detach", "to", "_to_copy", "type_as", "
 MOVING = ("view", "reshape", "_unsafe_view", "transpose", "permute", "t", "numpy_T", "mT", "unsqueeze", "squeeze",
           "slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "flatten", "unflatten",
           "movedim", "tensor_split", "flip", "roll", "swapaxes", "view_as", "squeeze_")  # fmt: skip
+TURNING = ("transpose", "permute", "t", "numpy_T", "mT", "movedim", "swapaxes", "flip", "roll")
+ALONG_ONE = ("slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind", "tensor_split")
 ALONG = ("softmax", "log_softmax", "cumsum", "sort", "topk", "sum", "mean", "var", "std", "amax", "amin", "max", "min",
          "argmax", "argmin", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all", "var_mean")  # fmt: skip
 POINTWISE = ("where", "masked_fill", "masked_fill_", "__and__", "__or__", "copy_")
+
+
+def name_of(node: Node) -> str:
+    """The name of a node's operator: `view`."""
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether a node's operator combines elements one by one."""
+    return rule_of(node) is _pointwise
 
 
 def custom_function(node: Node) -> str:
@@ -35,8 +47,7 @@ def proven_rule(node: Node) -> Rule:
 
 def rule_of(node: Node) -> Rule:
     """The rule of a node's operator."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = getattr(packet, "__name__", "")
+    name = name_of(node)
     if getattr(node.target, "namespace", "") != "aten":
         return _surrendered
     if name in _RULES:
