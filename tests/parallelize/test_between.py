@@ -54,3 +54,65 @@ def test_a_product_with_factors_stays_whole() -> None:
 def test_a_bias_is_not_split_without_its_weight() -> None:
     """A place picked by number leaves `down.weight` whole, and so the bias behind it."""
     check(lambda m, x: m.down(m.up(x)[..., [3, 1, 2, 0, 4, 10, 9, 8, 7, 6, 5]]))
+
+
+MOVES: dict[str, tuple[Case, int, int]] = {
+    "roll": (lambda m, x: m.down(m.up(x).roll(2, -1)), 11, 11),
+    "roll through all dims": (lambda m, x: m.down(m.up(x).roll(1)), 11, 11),
+    "roll along the sequence": (lambda m, x: m.down(m.up(x).roll(1, 1)), 11, 11),
+    "every second": (lambda m, x: m.down(m.up(x)[..., ::2]), 21, 11),
+    "every second of two": (lambda m, x: m.down(m.up(x)[..., ::2].sigmoid() * m.up(x)[..., 1::2]), 22, 11),
+    "shuffle": (lambda m, x: m.down(m.up(x).unflatten(-1, (3, 4)).transpose(-1, -2).flatten(-2)), 12, 12),
+    "flip in each part": (lambda m, x: m.down(m.up(x).unflatten(-1, (3, 4)).flip(-1).flatten(-2)), 12, 12),
+    "roll in each part": (lambda m, x: m.down(m.up(x).unflatten(-1, (3, 4)).roll(1, -1).flatten(-2)), 12, 12),
+    "second of each": (lambda m, x: m.down(m.up(x).unflatten(-1, (3, 4)).unbind(-1)[1]), 12, 3),
+    "one scale for all parts": (lambda m, x: m.down((m.up(x).unflatten(-1, (3, 4)) * m.few).flatten(-2)), 12, 12),
+    "one gate for each part": (
+        lambda m, x: m.down((m.up(x).unflatten(-1, (3, 4)) * m.gate(x)[..., None]).flatten(-2)),
+        12,
+        12,
+    ),
+}
+"""Places of one linear that the next one finds elsewhere: what is inside, the width before, the width after."""
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_between_two_linears_is_found_where_it_lies(name: str, ranks: int) -> None:
+    case, wide, narrow = MOVES[name]
+    check(case, wide, narrow, gate=nn.Linear(8, 3), ranks=ranks)
+
+
+class BySize(nn.Module):
+    """An activation scaled by how wide it is."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.tanh() / y.shape[-1] ** 0.5
+
+
+SIZES: dict[str, Case] = {
+    "in its own code": lambda m, x: m.down(m.up(x) / m.up(x).shape[-1] ** 0.5),
+    "an integer": lambda m, x: m.down(m.up(x) * m.up(x).size(-1)),
+    "in a module called on a part": lambda m, x: m.down(m.gate(m.up(x))),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_number_from_the_size_of_what_is_split_is_the_whole_size(name: str) -> None:
+    """The modules' own code would see a rank's size: the traced graph runs, which holds the whole's."""
+    assert "computes with a size that is split" in check(SIZES[name], gate=BySize())
+
+
+def test_a_number_that_is_no_size_leaves_the_modules_running() -> None:
+    assert check(lambda m, x: m.down(0.5 * m.up(x).pow(2) / 11**0.5)) == "modules"
+
+
+def test_tensors_made_in_a_forward_are_no_obstacle() -> None:
+    """The module's code runs on meta tensors to be understood; what it makes without a device is meta then too."""
+
+    def masked(m: Between, x: Tensor) -> Tensor:
+        heads = m.up(x).view(2, 3, m.down.in_features // 3, 3).transpose(1, 2)
+        scores = heads @ heads.transpose(-1, -2) + torch.full((3, 3), float("-inf"), dtype=x.dtype).triu(1)
+        return m.down((scores.softmax(-1) @ heads).transpose(1, 2).flatten(2))
+
+    assert check(masked, wide=12)

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_map
@@ -126,7 +127,7 @@ def _reaches(module: nn.Module, call: ModuleCall, trace: Trace) -> list[Reach]:
     alone = without_data(module)
     arguments, keywords = tree_map(on_meta, call.arguments), tree_map(on_meta, dict(call.keywords))
     first = _Replay()
-    with first:
+    with torch.device("meta"), first:
         alone(*arguments, **keywords)
     if first.functions != list(trace.functions[call.start : call.stop]):
         return []
@@ -135,7 +136,7 @@ def _reaches(module: nn.Module, call: ModuleCall, trace: Trace) -> list[Reach]:
         again = _Replay(first)
         _assign(alone, path, value + 1)
         try:
-            with again:
+            with torch.device("meta"), again:
                 alone(*arguments, **keywords)
         except (*FAILURES, UnsupportedError):  # whatever a model raises at another size, the attribute is of no use
             continue

@@ -15,7 +15,7 @@ from shardwright.parallelize.graph import traced_model
 from shardwright.parallelize.placing import hook, local_copy, place, place_simply, watch
 from shardwright.parallelize.plan import Plan
 from shardwright.parallelize.planning import Planned, own_demands, plan_flow
-from shardwright.parallelize.rehearsal import rehearse
+from shardwright.parallelize.rehearsal import compare_factors, rehearse
 from shardwright.parallelize.sharding import ATTRIBUTE, Sharding, refuse_split
 from shardwright.parallelize.simple import plan_simply
 from shardwright.parallelize.trace import TRACING, Trace, trace
@@ -90,6 +90,8 @@ def _rehearsed(model: nn.Module, traced: Trace, ranks: int, *, gather_output: bo
         part = place(part, planned, PlannedGroup(rank, ranks), gather_output=gather_output)
         try:
             rehearse(part, traced, demanded, planned.placement, rank)
+            if rank == 0:  # whose sizes are other than the whole's, if any rank's are
+                compare_factors(part, traced, planned.decision.flow, rank)
         except UnsupportedError as error:
             return plan_flow(model, traced, ranks, gather_output=gather_output, obstacle=str(error))
     return planned

@@ -15,10 +15,15 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 LOOKS = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "requires_grad_")
 """Torch calls that compute nothing; how often a model asks may differ between tracing and running."""
+
+ARITHMETIC = ("add", "sub", "mul", "div", "pow", "radd", "rsub", "rmul", "rdiv", "rpow", "iadd", "isub", "imul", "idiv",
+              "truediv", "floordiv", "rtruediv", "rfloordiv", "itruediv", "ifloordiv", "multiply", "divide",
+              "true_divide", "floor_divide", "remainder", "clamp")  # fmt: skip
+"""Torch calls of which an integer is a number like any other."""
 
 END = 1 << 62
 """Slices to the end carry a larger number than any size."""
@@ -48,16 +53,19 @@ class ModuleCall:
     keywords: Mapping[str, Any]
 
 
-Own = tuple[str, tuple[int, ...], int]
-"""One torch call: function, the integers of its arguments, number."""
+Own = tuple[str, tuple[int, ...], tuple[float, ...], int]
+"""One torch call: function, the integers of its arguments, what it computes with, number."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """functions: names of the torch calls of a run, in order · integers: those of each one's arguments · modules."""
+    """functions: names of the torch calls of a run, in order · integers: those of each one's arguments · factors: the
+    numbers each computes with · modules.
+    """
 
     functions: tuple[str, ...]
     integers: tuple[tuple[int, ...], ...]
+    factors: tuple[tuple[float, ...], ...]
     modules: tuple[ModuleCall, ...]
 
     def times(self, path: str) -> int:
@@ -70,7 +78,7 @@ class Calls:
         inner = [one for one in self.modules if one.path.startswith(f"{path}." if path else "") and one.path != path]
         inside = {number for one in inner for number in range(one.start, one.stop)}
         numbers = [n for one in mine for n in range(one.start, one.stop) if n not in inside]
-        return [(self.functions[n], self.integers[n], n) for n in numbers]
+        return [(self.functions[n], self.integers[n], self.factors[n], n) for n in numbers]
 
 
 class Watch(TorchFunctionMode):
@@ -80,6 +88,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.functions: list[str] = []
         self.integers: list[tuple[int, ...]] = []
+        self.factors: list[tuple[float, ...]] = []
 
     @abstractmethod
     def answer(self, number: int, run: Callable[[], Any]) -> Any:
@@ -93,6 +102,8 @@ class Watch(TorchFunctionMode):
         number = len(self.functions)
         self.functions.append(name)
         self.integers.append(tuple(integers((args, kwargs or {}))))
+        kinds = (int, float) if name.strip("_") in ARITHMETIC else (float,)
+        self.factors.append(tuple(x for x in tree_leaves((args, kwargs or {})) if type(x) in kinds))
         return self.answer(number, lambda: function(*args, **(kwargs or {})))
 
 
@@ -106,7 +117,7 @@ class Recorder(Watch):
 
     def record(self) -> Calls:
         """What was seen."""
-        return Calls(tuple(self.functions), tuple(self.integers), tuple(self.calls))
+        return Calls(tuple(self.functions), tuple(self.integers), tuple(self.factors), tuple(self.calls))
 
     def answer(self, number: int, run: Callable[[], Any]) -> Any:
         """Run it under its number."""

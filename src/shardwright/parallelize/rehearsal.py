@@ -4,17 +4,18 @@ Every constant that a split changes must come out as wanted, whether an attribut
 count that is a literal in the code does not, and then the traced graph runs instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from shardwright.errors import ShardwrightError, UnsupportedError
 from shardwright.parallelize.attributes import FAILURES, Demands
+from shardwright.parallelize.flow import Flow
 from shardwright.parallelize.placement import Placement
-from shardwright.parallelize.record import Own, Recorder, on_meta
-from shardwright.parallelize.trace import Trace
+from shardwright.parallelize.record import Calls, Own, Recorder, on_meta
+from shardwright.parallelize.trace import Trace, owner
 
 
 def rehearse(part: nn.Module, trace: Trace, demanded: Mapping[str, Demands], placement: Placement, rank: int) -> None:
@@ -26,18 +27,55 @@ def rehearse(part: nn.Module, trace: Trace, demanded: Mapping[str, Demands], pla
     for path, wanted in demanded.items():
         if all(want(placement, rank) == value for value, want in wanted.values()):
             continue
-        call = next(one for one in trace.modules if one.path == path)
-        module, recorder = part.get_submodule(path), Recorder()
-        arguments, keywords = tree_map(on_meta, (call.arguments, dict(call.keywords)))
-        try:
-            with recorder.watching(module), recorder, torch.no_grad():
-                module(*arguments, **keywords)
-        except (*FAILURES, ShardwrightError) as error:
-            raise UnsupportedError(f"{path}: its code fails on rank {rank}: {str(error).splitlines()[0]}") from error
+        again = _run(part, trace, path, rank)
         first = trace.calls.own(path)
-        _compare(
-            path, first[: len(first) // trace.calls.times(path)], recorder.record().own(""), wanted, (placement, rank)
-        )
+        _compare(path, first[: len(first) // trace.calls.times(path)], again.own(""), wanted, (placement, rank))
+
+
+def compare_factors(part: nn.Module, trace: Trace, flow: Flow, rank: int) -> None:
+    """Run the modules around those that compute with numbers on what is split: a number may come from a tensor's size.
+
+    Raises:
+        UnsupportedError: one fails, or computes with another number on this rank.
+    """
+    called = {one.path for one in trace.modules}
+    around: dict[str, set[str]] = {}
+    for path in _computing(trace, flow):
+        parts = path.split(".")[:-1]
+        outer = next((o for n in range(len(parts), 0, -1) if (o := ".".join(parts[:n])) in called), "")
+        around.setdefault(outer, set()).add(path.removeprefix(f"{outer}." if outer else ""))
+    for outer, inner in around.items():
+        again = _run(part, trace, outer, rank)
+        for path in inner:
+            whole = f"{outer}.{path}" if outer and path else outer or path
+            first = [one[2] for one in trace.calls.own(whole) if one[2]]
+            mine = [one[2] for one in again.own(path) if one[2]]
+            if not set(mine) <= set(first):
+                raise UnsupportedError(f"{whole or 'the model'}: its code computes with a size that is split")
+
+
+def _computing(trace: Trace, flow: Flow) -> Iterator[str]:
+    """The paths of modules whose own code computes with a number on what is split."""
+    found = {
+        owner(node)
+        for node, labels in flow.values.items()
+        if isinstance(labels, Tensor) and "call" in node.meta.get("custom", {})
+        if trace.calls.factors[node.meta["custom"]["call"]]
+    }
+    yield from sorted(found)
+
+
+def _run(part: nn.Module, trace: Trace, path: str, rank: int) -> Calls:
+    """The torch calls of one call of a rank's module on meta tensors."""
+    call = next(one for one in trace.modules if one.path == path)
+    module, recorder = part.get_submodule(path), Recorder()
+    arguments, keywords = tree_map(on_meta, (call.arguments, dict(call.keywords)))
+    try:
+        with torch.device("meta"), recorder.watching(module), recorder, torch.no_grad():
+            module(*arguments, **keywords)
+    except (*FAILURES, ShardwrightError) as error:
+        raise UnsupportedError(f"{path}: its code fails on rank {rank}: {str(error).splitlines()[0]}") from error
+    return recorder.record()
 
 
 def _compare(path: str, first: list[Own], again: list[Own], wanted: Demands, where: tuple[Placement, int]) -> None:
@@ -45,7 +83,7 @@ def _compare(path: str, first: list[Own], again: list[Own], wanted: Demands, whe
     placement, rank = where
     local = iter(again)
     found = next(local, None)
-    for function, _, number in first:
+    for function, _, _, number in first:
         if found is None or found[0] != function:
             continue
         for (call, at), (_, want) in wanted.items():
