@@ -90,17 +90,31 @@ class BySize(nn.Module):
         return y.tanh() / y.shape[-1] ** 0.5
 
 
+class Listed(nn.Module):
+    """Two of them in a list, which nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList([nn.Tanh(), BySize()])
+
+    def forward(self, y: Tensor) -> Tensor:
+        for one in self.each:
+            y = one(y)
+        return y
+
+
 SIZES: dict[str, Case] = {
     "in its own code": lambda m, x: m.down(m.up(x) / m.up(x).shape[-1] ** 0.5),
     "an integer": lambda m, x: m.down(m.up(x) * m.up(x).size(-1)),
-    "in a module called on a part": lambda m, x: m.down(m.gate(m.up(x))),
+    "in a module called on a part": lambda m, x: m.down(m.gate.each[1](m.up(x))),
+    "in one of a list": lambda m, x: m.down(m.gate(m.up(x))),
 }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_number_from_the_size_of_what_is_split_is_the_whole_size(name: str) -> None:
     """The modules' own code would see a rank's size: the traced graph runs, which holds the whole's."""
-    assert "computes with a size that is split" in check(SIZES[name], gate=BySize())
+    assert "computes with a size that is split" in check(SIZES[name], gate=Listed())
 
 
 def test_a_number_that_is_no_size_leaves_the_modules_running() -> None:
@@ -116,3 +130,23 @@ def test_tensors_made_in_a_forward_are_no_obstacle() -> None:
         return m.down((scores.softmax(-1) @ heads).transpose(1, 2).flatten(2))
 
     assert check(masked, wide=12)
+
+
+COUNTED: dict[str, Case] = {
+    "one module, two summands": lambda m, x: m.down(m.up(x)) + m.down(m.side(x)),
+    "summands used again": lambda m, x: m.down(m.up(m.down(m.up(x)) * 2 + m.gate(m.side(x)))) + m.gate(m.side(x)),
+    "two outputs joined": lambda m, x: torch.cat([m.up(x), m.side(x)], -1),
+    "two outputs added": lambda m, x: m.up(x) + m.side(x),
+    "one row of an output": lambda m, x: m.up(x)[:, -1],
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_plan_has_what_moves(name: str) -> None:
+    """Outputs are gathered behind the module that makes them, whatever the model does to them then."""
+    check(COUNTED[name], gate=nn.Linear(11, 8))
+
+
+def test_a_module_called_on_two_values_sums_the_gradient_of_each_once() -> None:
+    """One comes out of a module called once, the other of one called twice."""
+    check(lambda m, x: m.down(m.up(x)) + m.gate(m.side(x)) + m.down(m.side(x)), gate=nn.Linear(11, 8))

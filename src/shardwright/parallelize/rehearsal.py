@@ -33,17 +33,20 @@ def rehearse(part: nn.Module, trace: Trace, demanded: Mapping[str, Demands], pla
 
 
 def compare_factors(part: nn.Module, trace: Trace, flow: Flow, rank: int) -> None:
-    """Run the modules around those that compute with numbers on what is split: a number may come from a tensor's size.
+    """Run those modules that compute with numbers on what is split: a number may come from a tensor's size.
+
+    What is called on a part is run by the module around it that is not.
 
     Raises:
         UnsupportedError: one fails, or computes with another number on this rank.
     """
-    called = {one.path for one in trace.modules}
+    taking, called = _taking_parts(flow), {one.path for one in trace.modules}
     around: dict[str, set[str]] = {}
     for path in _computing(trace, flow):
-        parts = path.split(".")[:-1]
-        outer = next((o for n in range(len(parts), 0, -1) if (o := ".".join(parts[:n])) in called), "")
-        around.setdefault(outer, set()).add(path.removeprefix(f"{outer}." if outer else ""))
+        outer = path
+        while outer in taking or outer not in called:
+            outer = outer.rpartition(".")[0]
+        around.setdefault(outer, set()).add(path.removeprefix(outer).removeprefix("."))
     for outer, inner in around.items():
         again = _run(part, trace, outer, rank)
         for path in inner:
@@ -63,6 +66,19 @@ def _computing(trace: Trace, flow: Flow) -> Iterator[str]:
         if trace.calls.factors[node.meta["custom"]["call"]]
     }
     yield from sorted(found)
+
+
+def _taking_parts(flow: Flow) -> set[str]:
+    """The paths of modules called on what is split."""
+    found = set[str]()
+    for node, labels in flow.values.items():
+        if isinstance(labels, Tensor):
+            for user in node.users:
+                path = owner(user)
+                while path and not f"{owner(node)}.".startswith(f"{path}."):
+                    found.add(path)
+                    path = path.rpartition(".")[0]
+    return found
 
 
 def _run(part: nn.Module, trace: Trace, path: str, rank: int) -> Calls:
