@@ -53,12 +53,11 @@ def plan_flow(model: nn.Module, trace: Trace, ranks: int, *, gather_output: bool
         runs = str(error)
         placement, indexed = Placement(decision, ranks), {}
     draws = draws_of(trace, decision.flow)
-    carried = set(places.together) if places else set()
     plan = Plan(
         ranks,
         tuple(_described(chain, trace) for chain in decision.chains),
         _cuts(decision, placement, trace),
-        tuple(_moves(decision, placement, trace, carried, gather_output=gather_output)),
+        tuple(_moves(decision, placement, trace, places, gather_output=gather_output)),
         decision.whole,
         {name: trace.size_of(name) for name in decision.whole},
         {path: {".".join(name): values for name, values in found.items()} for path, found in settings.items() if found},
@@ -164,18 +163,21 @@ def _cuts(decision: Decision, placement: Placement, trace: Trace) -> tuple[Cut, 
 
 
 def _moves(
-    decision: Decision, placement: Placement, trace: Trace, carried: set[str], *, gather_output: bool
+    decision: Decision, placement: Placement, trace: Trace, places: Sites | None, *, gather_output: bool
 ) -> list[Move]:
+    """What is summed and gathered: outputs where the graph has them, or behind the modules that make them."""
     nodes: dict[str, Node] = {node.name: node for node in trace.graph.graph.nodes}
+    consumers = [name for chain in decision.chains for name in chain.consumers]
+    exits = [name for chain in decision.chains for name in chain.exits] if places is None else places.gathered
     moves = []
-    for chain in decision.chains:
-        for name in (one for one in chain.consumers if one not in carried):
+    for name in consumers:
+        if places is None or name not in places.together:
             value = nodes[name].meta["val"]
             moves.append(Move("all_reduce", name, (value.numel() * value.element_size(),) * placement.ranks))
-        for name in chain.exits if gather_output else ():
-            labels, value = decision.flow.findings.exits[name], nodes[name].meta["val"]
-            sizes = [prod(placement.size(labels, rank)) * value.element_size() for rank in range(placement.ranks)]
-            moves.append(Move("all_gather", name, tuple(sizes)))
+    for name in exits if gather_output else ():
+        labels, value = decision.flow.values[nodes[name]], nodes[name].meta["val"]
+        sizes = [prod(placement.size(labels, rank)) * value.element_size() for rank in range(placement.ranks)]
+        moves.append(Move("all_gather", name, tuple(sizes)))
     order = {name: at for at, name in enumerate(nodes)}
     return sorted(moves, key=lambda move: order[move.at])
 

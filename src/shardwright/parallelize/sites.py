@@ -5,6 +5,7 @@ ranks. It ends in a module that does nothing but that product (and its bias): on
 the model's modules have no such place, `UnsupportedError` says so, and the traced graph runs instead.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,13 +36,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Sites:
-    """rows: modules that end a chain · gathers: modules whose output is gathered · outputs: modules whose output enters
-    chains · inputs: modules whose input does · together: node → the later node with which it is added at once, so that
-    one all-reduce carries both.
+    """rows: modules that end a chain · gathers: modules whose output is gathered · gathered: the nodes, one a call of
+    those · outputs: modules whose output enters chains · inputs: modules whose input does · together: node → the later
+    node with which it is added at once, so that one all-reduce carries both.
     """
 
     rows: tuple[Product, ...]
     gathers: tuple[Product, ...]
+    gathered: tuple[str, ...]
     outputs: tuple[str, ...]
     inputs: tuple[str, ...]
     together: dict[str, str]
@@ -66,16 +68,30 @@ def sites(trace: Trace, decision: Decision) -> Sites:
         outside = _outside(nodes[operand], nodes[name])
         if parameter_of(trace, nodes[operand]) is None and differentiable(trace, outside):
             entering.setdefault(outside, []).append(nodes[name])
-    outputs: dict[str, None] = {}
-    inputs: dict[str, None] = {}
     for source, users in entering.items():
         if not all(_is_product(user) for user in users):
             raise UnsupportedError(f"{owner(users[0])}: {source.name}, which every rank holds, meets what is split")
-        if _whole_output(trace, source, users):
-            outputs[owner(source)] = None
-        else:
-            inputs |= dict.fromkeys(product(trace, user).path for user in users)
-    return Sites(_distinct(rows), _distinct(gathers), tuple(outputs), tuple(inputs), _together(nodes, decision))
+    outputs, inputs = _sums(trace, entering)
+    gathered = tuple(one.node for one in gathers)
+    together = _together(nodes, decision)
+    return Sites(_distinct(rows), _distinct(gathers), gathered, outputs, inputs, together)
+
+
+def _sums(trace: Trace, entering: dict[Node, list[Node]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where gradients of what enters chains are summed, each once: behind the module that gives it, else before those
+    that take it, which then do so at every call.
+    """
+    outputs = dict(entering)
+    inputs: dict[str, None] = {}
+    while True:
+        found = [
+            source
+            for source, users in outputs.items()
+            if not _whole_output(trace, source, users) or not inputs.keys().isdisjoint(map(owner, users))
+        ]
+        if not found:
+            return tuple(dict.fromkeys(map(owner, outputs))), tuple(inputs)
+        inputs |= dict.fromkeys(product(trace, user).path for source in found for user in outputs.pop(source))
 
 
 def product(trace: Trace, node: Node) -> Product:
@@ -129,8 +145,12 @@ def _takes_one(trace: Trace, path: str) -> bool:
 
 
 def _together(nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
-    """Sums over ranks that the model adds to each other and uses nowhere else (parallel blocks of one norm)."""
+    """Sums over ranks that the model adds to each other and uses nowhere else (parallel blocks of one norm), of modules
+    that are called once: what one makes waits in it for the other.
+    """
     consumers = {nodes[name] for chain in decision.chains for name in chain.consumers}
+    calls = Counter(map(owner, consumers))
+    consumers = {one for one in consumers if calls[owner(one)] == 1}
     found: dict[str, str] = {}
     for first in consumers:
         end = _until_added(first)
