@@ -29,6 +29,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
     ({"model": {"config": {"attention_dropout": 0.1}}}, r"model.config.attention_dropout=0.1: no dropout is taken"),
     ({"output": {"sample_every": 2}}, r"output.sample_prompt='': a sample continues some text; give a prompt"),
     ({"parallel": {"compression": "1bit", "uncompressed_steps": 0}}, r"parallel.uncompressed_steps=0: signs"),
+    ({"optimizer": {"betas": (1.0, 0.95)}}, r"optimizer.betas.0=1.0: input should be less than 1; see"),
+    ({"optimizer": {"betas": (0.9, -0.1)}}, r"optimizer.betas.1=-0.1: input should be greater than or equal to 0"),
     ({"optimizer": {"lr": float("nan")}}, r"optimizer.lr=nan: input should be a finite number"),
 ])  # fmt: skip
 def test_what_contradicts_or_does_not_exist_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from shardwright.text.bpe import FEWEST
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Part(BaseModel):
@@ -81,7 +82,7 @@ class OptimizerPart(_Part):
     lr: float = Field(3e-4, gt=0, description="The highest learning rate.")
     min_lr: float = Field(0.0, ge=0, description="The last learning rate.")
     warmup: Count = Field(0, description="Steps of linear warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False, description="Of AdamW's two averages.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), strict=False, description="Of AdamW's two averages.")
     eps: float = Field(1e-8, gt=0, description="Of AdamW.")
     weight_decay: float = Field(0.1, ge=0, description="Of matrices; norms and biases have none.")
     clip: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0 for no clipping.")
