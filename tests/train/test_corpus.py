@@ -68,6 +68,8 @@ def test_a_row_is_made_once_and_again_when_its_text_changes(tmp_path: Path, monk
     ("a.jsonl", b'{"text": "x"}\n{"text"\n', "a.jsonl: line 2 is not JSON"),
     ("a.jsonl", b'{"words": "x"}\n', "a.jsonl: line 1 has no text in 'text'; set data.field"),
     ("a.jsonl", b'["x"]\n', "a.jsonl: line 1 has no text in 'text'"),
+    ("a.jsonl", b'{"text": "x\\ud800y"}\n', "a.jsonl: line 1 has half of a surrogate pair; mend it"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1 is not JSON"),
     ("a.txt", b"\xff\xfe", "a.txt: it is not UTF-8 at byte 0"),
     ("a.parquet", b"PAR1", "a.parquet: it is no Parquet file"),
 ])  # fmt: skip
@@ -75,6 +77,20 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, mess
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FileError, match=message):
         list(Corpus.of(recipe_of(tmp_path, data={"paths": [name]})).texts())
+
+
+@pytest.mark.parametrize("column", [[1, 2], [b"one", b"two"], [["one"], ["two"]], [{"words": "one"}]])
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path, column: list[Any]) -> None:
+    """As a JSONL record is; `str` of a number or a list is no text."""
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(FileError, match=r"a.parquet: column 'text' holds .*, no text; set data.field"):
+        list(Corpus.of(recipe_of(tmp_path, data={"paths": ["a.parquet"]})).texts())
+
+
+def test_text_from_a_dictionary_and_without_missing_values(tmp_path: Path) -> None:
+    column = pyarrow.array(["one", None, "two", "one"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert list(Corpus.of(recipe_of(tmp_path, data={"paths": ["a.parquet"]})).texts()) == ["one", "two", "one"]
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

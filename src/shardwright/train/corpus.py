@@ -109,7 +109,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _unreadable(file: Path, error: OSError) -> FileError:
-    return FileError(file, f"it cannot be read: {error.strerror or error}", "put it back")
+    return FileError(file, f"it cannot be read: {str(error.strerror or error).strip()}", "put it back")
 
 
 def _texts(file: Path, field: str) -> Iterator[str]:
@@ -127,17 +127,21 @@ def _texts(file: Path, field: str) -> Iterator[str]:
 def _field_of(file: Path, number: int, line: str, field: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FileError(file, f"line {number:,} is not JSON", "mend it, or leave it out") from None
     text = record.get(field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise FileError(file, f"line {number:,} has no text in {field!r}", "set data.field")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise FileError(file, f"line {number:,} has half of a surrogate pair", "mend it, or leave it out") from None
     return text
 
 
 def _column(file: Path, field: str) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, parquet, types
     except ImportError:
         raise UsageError("data.paths", file, "Parquet needs pyarrow", "pip install 'shardwright[data]'") from None
     try:
@@ -146,8 +150,12 @@ def _column(file: Path, field: str) -> Iterator[str]:
         raise FileError(file, f"it is no Parquet file: {error}", "download it again") from None
     if field not in table.schema_arrow.names:
         raise FileError(file, f"it has no column {field!r}", "set data.field")
+    kind = table.schema_arrow.field(field).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(values) or types.is_large_string(values)):
+        raise FileError(file, f"column {field!r} holds {kind}, no text", "set data.field")
     for batch in table.iter_batches(columns=[field]):
-        yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+        yield from (text for text in batch.column(0).to_pylist() if text is not None)
 
 
 def check(data: DataPart, context: int) -> None:
