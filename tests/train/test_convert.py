@@ -160,6 +160,19 @@ def test_bad_arguments(tmp_path: Path, call: Any, error: type[Exception], messag
         call(tmp_path)
 
 
+def test_what_cannot_be_written_or_is_there_already_is_said(tmp_path: Path) -> None:
+    """A checkpoint cut over itself would be lost if that were interrupted."""
+    recipe = recipe_of(tmp_path, train={"steps": 1}, optimizer={"warmup": 0})
+    run(recipe)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"it cannot be written: Not a directory; free space, or use another directory"):
+        reshard(recipe.directory, tmp_path / "file" / "x", 2)
+    with pytest.raises(FileError, match=r"it cannot be written: Not a directory; free space, or use another directory"):
+        export(recipe.directory, tmp_path / "file" / "x")
+    with pytest.raises(FileError, match=r"step-00000001: there is a checkpoint already; reshard to another directory"):
+        reshard(recipe.directory, recipe.directory, 2)
+
+
 def test_a_recipe_of_a_pretrained_model_trains(tmp_path: Path) -> None:
     """From its weights, at an uneven split, sequences dealt out: the losses of one rank."""
     pretrained(tmp_path, torch.float32)

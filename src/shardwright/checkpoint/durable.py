@@ -4,11 +4,13 @@ Decides the order: write beside, fsync, rename, fsync the directory. Knows no fo
 """
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+
+from shardwright.errors import FileError
 
 UNFINISHED = ".unfinished"
 
@@ -19,6 +21,16 @@ class Written:
 
     nbytes: int
     sha256: str
+
+
+@contextmanager
+def writing(directory: Path, remedy: str) -> Iterator[None]:
+    """What has to be written and cannot be is a `FileError` that names the file, or the directory."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"it cannot be written: {error.strerror or error}"
+        raise FileError(error.filename or directory, problem, remedy) from None
 
 
 def write_file(path: Path, chunks: "Iterable[bytes | memoryview]") -> Written:

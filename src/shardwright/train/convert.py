@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardwright.checkpoint.durable import make_directory, write_file
+from shardwright.checkpoint.durable import make_directory, write_file, writing
 from shardwright.checkpoint.extents import Box, chunks
 from shardwright.checkpoint.training import (
+    MANIFEST,
     TrainingCheckpoint,
     directory_of,
     name_of_box,
@@ -38,6 +39,8 @@ LARGEST = 5_000_000_000
 
 TOKENIZER = "tokenizer"
 
+ELSEWHERE = "free space, or use another directory"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -53,14 +56,17 @@ def reshard(source: Path, target: Path, tensor: int) -> Converted:
     """Write the checkpoint at `source` as `tensor` ranks would have, into `target/checkpoints`, where a run goes on.
 
     Raises:
-        FileError: there is no complete checkpoint, or a part of it is missing.
+        FileError: there is no complete checkpoint, a part of it is missing, or `target` has one of that step or cannot
+            be written.
         UsageError: fewer than one rank.
     """
     if tensor < 1:
         raise UsageError("tp", tensor, "tensor parallelism needs at least one rank", "try --tp 1")
-    with TrainingCheckpoint.find(source) as checkpoint:
+    with TrainingCheckpoint.find(source) as checkpoint, writing(target, ELSEWHERE):
         manifest = checkpoint.manifest
         directory = directory_of(target, manifest.step)
+        if (directory / MANIFEST).exists():
+            raise FileError(directory, "there is a checkpoint already", "reshard to another directory")
         make_directory(directory)
         files = {}
         for rank in range(tensor):
@@ -80,12 +86,13 @@ def export(source: Path, target: Path, dtype: str | None = None) -> Converted:
     dtype: by default the one its config.json names, else float32.
 
     Raises:
-        FileError: there is no complete checkpoint, a part of it is missing, or `target` holds a model already.
+        FileError: there is no complete checkpoint, a part of it is missing, or `target` holds a model already or
+            cannot be written.
         UsageError: an unknown dtype.
     """
     if (target / "config.json").exists():
         raise FileError(target, "there is a model already", "export to another directory")
-    with TrainingCheckpoint.find(source) as checkpoint:
+    with TrainingCheckpoint.find(source) as checkpoint, writing(target, ELSEWHERE):
         said = checkpoint.manifest.model
         chosen = dtype or str(said.get("dtype") or said.get("torch_dtype") or "float32")
         if chosen not in DTYPES:

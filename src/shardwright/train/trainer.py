@@ -7,13 +7,11 @@ are `saving`'s and `corpus`'. Sampling text is a callback, since engines live on
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from statistics import median
 from typing import Any, final
 
-from shardwright.checkpoint.durable import make_directory, write_file
+from shardwright.checkpoint.durable import make_directory, write_file, writing
 from shardwright.comm.group import Group
 from shardwright.comm.memory import peak_rss
 from shardwright.comm.parallel import initialize_model_parallel
@@ -42,6 +40,8 @@ Sampler = Callable[[Decoder, Tokenizer], str]
 
 RECENT = 50
 """Losses whose median a spike is measured against."""
+
+SPACE = "free space, or use another output.directory"
 
 SKIPPED_IN_A_ROW = 10
 """Steps skipped without one in between after which a run stops all the same."""
@@ -103,7 +103,7 @@ class Trainer:
         def warn(text: str) -> None:
             self._tell({"warning": text})
 
-        with _writing(self.recipe.directory):
+        with writing(self.recipe.directory, SPACE):
             return Metrics(self.recipe.directory, first, warn, tensorboard=self.recipe.output.tensorboard)
 
     # ---- before the first step
@@ -113,7 +113,7 @@ class Trainer:
         recipe, corpus = self.recipe, Corpus.of(self.recipe)
         place = recipe.directory / "tokenizer"
         if self.world.rank == 0:
-            with _writing(recipe.directory):
+            with writing(recipe.directory, SPACE):
                 make_directory(recipe.directory)
                 self._prepare_tokenizer(corpus)
                 tokenised(corpus, Tokenizer.from_directory(place), recipe.directory / "tokens", corpus.key(place))
@@ -256,16 +256,6 @@ class Trainer:
     def _tell(self, event: dict[str, Any]) -> None:
         if self.world.rank == 0:
             self._report(event)
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """What a run needs before its first step cannot be written: then there is none."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"it cannot be written: {error.strerror or error}"
-        raise FileError(error.filename or directory, problem, "free space, or use another output.directory") from None
 
 
 class _Clock:
