@@ -98,6 +98,7 @@ def test_a_quantisation_group_limits_weights_that_stay_quantised() -> None:
     ({}, 1),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, 128),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}}, 1),
+    ({"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 64}}, 64),
     ({"quantization_config": {"quant_method": "fp8"}}, 1),
 ])  # fmt: skip
 def test_the_group_a_config_speaks_of(said: dict[str, object], group: int) -> None:

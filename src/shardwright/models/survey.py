@@ -75,7 +75,7 @@ def quantisation_group(checkpoint: Checkpoint) -> int:
     """How many neighbours of a row share a scale in this checkpoint, at most; 1 where its weights are plain."""
     said = checkpoint.config.get("quantization_config")
     if isinstance(said, dict):
-        group = said.get("group_size", 1)
+        group = said.get("group_size", said.get("q_group_size", 1))
         return group if isinstance(group, int) and group > 1 else 1
     return max((stored.group for stored in checkpoint.entries.values()), default=1)
 
