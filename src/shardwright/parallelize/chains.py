@@ -5,6 +5,7 @@ Every other class is held by whoever owns what needs it. A chain is all paramete
 can be split if it has more than one granule. Knows no ranks, no costs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,18 @@ class Classes:
 
     def holders(self, owners: dict[int, int], ranks: int) -> NDArray[np.bool_]:
         """For each label and rank whether the rank holds it, when each granule has the owner given; [labels, ranks]."""
+        held = self._spread(owners, ranks)
+        held[~held.any(1)] = True  # nobody's: whole
+        held[WHOLE] = True
+        return held
+
+    def split(self, granules: Iterable[int]) -> NDArray[np.bool_]:
+        """For each label whether it goes with one of these granules, so that what stands there is some rank's own."""
+        mine = self._spread(dict.fromkeys(granules, 0), 1)[:, 0]
+        mine[WHOLE] = False
+        return mine
+
+    def _spread(self, owners: dict[int, int], ranks: int) -> NDArray[np.bool_]:
         held = np.zeros((len(self.of), ranks), dtype=bool)
         for granule, rank in owners.items():
             held[granule, rank] = True
@@ -55,11 +68,7 @@ class Classes:
             before = int(held.sum())
             np.logical_or.at(held, self.needed, held[self.by])
             if int(held.sum()) == before:
-                break
-        held = held[self.of]
-        held[~held.any(1)] = True  # nobody's: whole
-        held[WHOLE] = True
-        return held
+                return held[self.of]
 
 
 def classes_of(findings: Findings) -> Classes:

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.decide import Decision
+from shardwright.parallelize.labels import compact
 from shardwright.parallelize.record import Like
 from shardwright.parallelize.rules import MOVING, SAME
 from shardwright.parallelize.trace import Trace, owner
@@ -56,13 +57,19 @@ def sites(trace: Trace, decision: Decision) -> Sites:
         UnsupportedError: one is inside a module's own code, where nothing can be put.
     """
     nodes = {node.name: node for node in trace.graph.graph.nodes}
-    leaving = {source.parameter for chain in decision.chains if chain.exits for source in chain.sources}
+    leaving = {
+        source.parameter
+        for chain in decision.chains
+        for source in (chain.sources if chain.exits else ())
+        if decision.classes.of[source.start] in chain.granules
+    }
     rows = [product(trace, nodes[name]) for chain in decision.chains for name in chain.consumers]
     gathers = [
         product(trace, node)
         for node in nodes.values()
         if node.op == "call_function" and leaving & set(_weights(trace, node)) and _is_product(node)
     ]
+    _check_gathered(trace, decision, {nodes[one.node] for one in gathers})
     entering: dict[Node, list[Node]] = {}
     for name, operand in decision.flow.findings.entries:
         outside = _outside(nodes[operand], nodes[name])
@@ -75,6 +82,21 @@ def sites(trace: Trace, decision: Decision) -> Sites:
     gathered = tuple(one.node for one in gathers)
     together = _together(nodes, decision)
     return Sites(_distinct(rows), _distinct(gathers), gathered, outputs, inputs, together)
+
+
+def _check_gathered(trace: Trace, decision: Decision, gathered: set[Node]) -> None:
+    """Nothing but these products and their biases meets what is gathered: behind them it is whole already."""
+    own = {name for node in gathered for name in _weights(trace, node)}
+    nodes = {node.name: node for node in trace.graph.graph.nodes}
+    for chain in (one for one in decision.chains if one.exits):
+        others = [one.parameter for one in chain.sources if one.parameter not in own]
+        split = decision.classes.split(chain.granules)
+        for name, operand in decision.flow.findings.entries:
+            parameter, labels = parameter_of(trace, nodes[operand]), decision.flow.values[nodes[name]]
+            if parameter and nodes[name] not in gathered and split[compact(labels).clamp(min=0).numpy()].any():
+                others.append(parameter)
+        if others:
+            raise UnsupportedError(f"{others[0]} meets what would be gathered before it")
 
 
 def _sums(trace: Trace, entering: dict[Node, list[Node]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
