@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from torch import Tensor
 from torch.fx import Node
 
 from shardwright.errors import UnsupportedError
 from shardwright.parallelize.chains import NOTHING, Chain, Classes, chains_of, classes_of
 from shardwright.parallelize.flow import Flow, Rule, shape_of
-from shardwright.parallelize.labels import compact, varying
+from shardwright.parallelize.labels import WHOLE, compact, varying
 from shardwright.parallelize.rules import custom_function, proven_rule, rule_of
 from shardwright.parallelize.trace import Trace
 
@@ -86,9 +87,21 @@ def _final(trace: Trace, taken: Dims, whole: dict[str, str], rules: Callable[[No
     everything = {(name, dim) for name in trace.names.values() for dim in range(8)}
     flow, classes, chains = _walk(trace, everything - taken, rules)
     split = tuple(chain for chain in chains if not chain.obstacle)
+    _keep_entries(flow, classes, split)
     cut = {name for chain in split for name in chain.parameters}
     names = dict.fromkeys(trace.names.values())
     return Decision(flow, classes, split, {n: whole.get(n, NOTHING) for n in names if n not in cut})
+
+
+def _keep_entries(flow: Flow, classes: Classes, split: tuple[Chain, ...]) -> None:
+    """A value that every rank holds enters a chain where it meets a rank's own; labels of zeros may be nobody's."""
+    own = classes.split(granule for chain in split for granule in chain.granules)
+    values = {node.name: labels for node, labels in flow.values.items() if isinstance(labels, Tensor)}
+    flow.findings.entries = [
+        (name, operand)
+        for name, operand in flow.findings.entries
+        if name in values and bool(own[compact(values[name]).clamp(min=WHOLE).reshape(-1).numpy()].any())
+    ]
 
 
 def _walk(trace: Trace, dead: Dims, rules: Callable[[Node], Rule]) -> tuple[Flow, Classes, list[Chain]]:

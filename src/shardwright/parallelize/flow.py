@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from shardwright.parallelize.labels import Findings, Parameter, spread, varying
+from shardwright.parallelize.labels import Findings, Parameter, compact, spread, varying
 
 Value = Tensor | Parameter | None
 Rule = Callable[["Flow", Node], Any]
@@ -45,7 +45,8 @@ class Flow:
             elif node.target is operator.getitem:
                 self.values[node] = self.values[node.args[0]][node.args[1]]
             else:
-                self.values[node] = rule_of(node)(self, node)
+                made = rule_of(node)(self, node)
+                self.values[node] = tuple(map(_known, made)) if isinstance(made, tuple) else _known(made)
 
     def value(self, argument: object) -> Any:
         """The labels of an argument; None for what is no tensor."""
@@ -129,6 +130,18 @@ class Flow:
                 self.findings.exits[node.name] = one
 
 
+def _known(labels: Any) -> Any:
+    """The same; of parts that every rank holds, joined or cut out of something joined, nothing."""
+    if (
+        isinstance(labels, Tensor)
+        and labels.numel()
+        and int(labels[(0,) * labels.dim()]) < 0
+        and (compact(labels) < 0).all()
+    ):
+        return None
+    return labels
+
+
 def shape_of(argument: object) -> tuple[int, ...]:
     """The shape of a node's tensor; of a number, ()."""
     found = argument.meta.get("val") if isinstance(argument, Node) else None
@@ -167,5 +180,7 @@ def pointwise(
         if found is None and isinstance(argument, Node):
             flow.findings.entries.append((node.name, argument.name))
             dims = [len(shape) - 1 - i for i, n in enumerate(reversed(size)) if n > 1]
+            if set(varying(out)) <= set(dims):  # one owner would be no help: the other ranks have it too
+                flow.findings.whole(node.name, out if varying(out) else None)
             flow.findings.unite(node.name, out, dims)
     return out
