@@ -150,3 +150,50 @@ def test_the_plan_has_what_moves(name: str) -> None:
 def test_a_module_called_on_two_values_sums_the_gradient_of_each_once() -> None:
     """One comes out of a module called once, the other of one called twice."""
     check(lambda m, x: m.down(m.up(x)) + m.gate(m.side(x)) + m.down(m.side(x)), gate=nn.Linear(11, 8))
+
+
+HEADS: dict[str, Case] = {
+    "times a number": lambda m, x: m.up(x) * m.one,
+    "times a parameter": lambda m, x: m.up(x) * m.mixed[:, 0],
+    "times a gate of its own": lambda m, x: m.up(x) * m.gate(x).softmax(-1)[..., :1] + m.side(x) * m.gate(x)[..., 1:2],
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_an_output_that_meets_something_before_the_model_returns_it(name: str) -> None:
+    """A module's output would be gathered whole before it meets a part, or before a gradient counted as partial."""
+    check(HEADS[name], gate=nn.Linear(8, 3))
+
+
+def test_parts_that_every_rank_holds_are_whole_when_joined_and_when_cut_apart() -> None:
+    """Attention sinks: a column for each head beside the scores, dropped after the softmax; `down` is split."""
+
+    def sinks(m: Between, x: Tensor) -> Tensor:
+        heads = m.up(x).view(2, 3, 4, 3).transpose(1, 2)
+        column = m.few.view(1, 4, 1, 1).expand(2, -1, 3, -1)
+        scores = torch.cat([heads @ heads.transpose(-1, -2), column], -1).softmax(-1)[..., :-1]
+        return m.down((scores @ heads).transpose(1, 2).flatten(2))
+
+    check(sinks, wide=12)
+
+
+def test_a_state_of_zeros_belongs_to_nobody() -> None:
+    """A recurrence over steps, as of state-space models: what meets its first state is not split."""
+
+    def steps(m: Between, x: Tensor) -> Tensor:
+        state, inner = torch.zeros(2, 11, 4, dtype=x.dtype), torch.cat([m.up(x), m.side(x)], 1).softmax(-1)
+        for at in range(3):
+            state = m.few.sigmoid() * state + inner[:, at, :, None] * inner[:, 3 + at, :1, None]
+        return m.down(state.sum(-1))
+
+    check(steps)
+
+
+def test_what_is_joined_and_then_meets_parts_has_its_parts_or_is_whole() -> None:
+    check(
+        lambda m, x: m.down(torch.cat([x, m.up(x)], -1) * torch.cat([m.side(x), m.gate(x)], -1)),
+        11,
+        19,
+        nn.Linear(8, 8),
+    )
+    check(lambda m, x: m.down(torch.cat([m.gate(x), m.few.expand(2, 3, -1)], -1)), 11, 12, nn.LayerNorm(8))

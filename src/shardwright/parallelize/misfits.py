@@ -20,7 +20,7 @@ from shardwright.parallelize.placement import Placement
 from shardwright.parallelize.rules import ALONG_ONE, TURNING, is_pointwise, name_of
 
 
-def misfit(flow: Flow, placement: Placement) -> tuple[Node, Tensor, int] | None:
+def misfit(flow: Flow, placement: Placement) -> tuple[Node, list[Tensor], int] | None:
     """The first operator that would find something else on a rank; the labels concerned; the rank."""
     for node in flow.module.graph.nodes:
         if node.op != "call_function":
@@ -28,12 +28,12 @@ def misfit(flow: Flow, placement: Placement) -> tuple[Node, Tensor, int] | None:
         for labels in _moved(flow, node):
             for rank in range(placement.ranks):
                 if not _finds(flow, node, labels, placement, rank):
-                    return node, labels, rank
+                    return node, [labels], rank
         made = flow.values.get(node)
-        if isinstance(made, Tensor) and is_pointwise(node) and len(varying(made)) > 1:
+        if isinstance(made, Tensor) and is_pointwise(node):
             for rank in range(placement.ranks):
                 if not _meet(flow, node, made, placement, rank):
-                    return node, made, rank
+                    return node, [made, *flow.reads(node)], rank
     return None
 
 

@@ -89,22 +89,26 @@ def _decided(trace: Trace, ranks: int) -> tuple[Decision, Placement]:
         decision = decide(trace, barred)
         placement = Placement(decision, ranks)
         wrong = _wrong(decision, placement)
-        if wrong is None:
+        if wrong is None or not decision.chains:
             return decision, placement
         labels, why = wrong
-        own = placement.classes.of[compact(labels).reshape(-1).clamp(min=0).numpy()]
-        for chain in decision.chains:
-            if any(np.isin(placement.classes.of[one.start : one.start + one.size], own).any() for one in chain.sources):
-                barred |= dict.fromkeys(chain.parameters, why)
+        own = placement.classes.of[np.concatenate([compact(x).reshape(-1).clamp(min=0).numpy() for x in labels])]
+        blamed = [
+            chain
+            for chain in decision.chains
+            if any(np.isin(placement.classes.of[one.start : one.start + one.size], own).any() for one in chain.sources)
+        ]
+        for chain in blamed or decision.chains:
+            barred |= dict.fromkeys(chain.parameters, why)
 
 
-def _wrong(decision: Decision, placement: Placement) -> tuple[Tensor, str] | None:
+def _wrong(decision: Decision, placement: Placement) -> tuple[list[Tensor], str] | None:
     """Labels that cannot be dealt out so, and why."""
     if lost := placement.lost():
         pick, rank = lost
         numbers = ", ".join(map(str, pick.numbers))
         why = f"{pick.node} picks place {numbers} of {pick.labels.shape[pick.dim]}, which rank {rank} would not find"
-        return pick.labels, why
+        return [pick.labels], why
     if found := misfit(decision.flow, placement):
         node, labels, rank = found
         return labels, f"{node.name} would not find on rank {rank} what it needs together"
