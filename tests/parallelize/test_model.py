@@ -1,6 +1,7 @@
 """`parallelize_model` beyond training: axes, rules, dropout, types, generation, another TP degree, names, refusals."""
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -96,6 +97,37 @@ def test_what_contradicts_itself_is_refused() -> None:
         parallelize_model(linear.to("meta"), SingleGroup(), (x,))
     with pytest.raises(UsageError, match="split_axis=2"):
         parallelize_model(linear, SingleGroup(), (x,), split_axis=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"split_axis": 0}, {"split_axis": 1}])
+def test_hooks_of_modules_that_are_replaced_still_see_their_outputs(options: dict[str, Any]) -> None:
+    """Two blocks side by side, whose sums would travel together, and a head: each output is the whole model's."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)) for _ in range(2))
+            self.head = nn.Linear(6, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.blocks[0](x) + self.blocks[1](x)).softmax(-1))
+
+    torch.manual_seed(8)
+    model, x = Beside().double(), torch.randn(4, 6, dtype=torch.float64)
+
+    def seen(whole: nn.Module, split: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        copy: Any = deepcopy(whole)
+        for module in (copy.blocks[0][2], copy.blocks[1][2], copy.head):
+            module.register_forward_hook(lambda module, given, made: outputs.append(made.detach()))
+        part = split(copy)
+        outputs.clear()
+        part(x)
+        return outputs
+
+    expected = seen(model, lambda whole: whole)
+    for outputs in on_threads(3, lambda g: seen(model, lambda whole: parallelize_model(whole, g, (x,), **options))):
+        torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_module_already_split_is_refused() -> None:

@@ -13,9 +13,18 @@ from shardwright.comm.group import Group
 from shardwright.kernels.matmul_all_reduce import matmul_all_reduce
 from shardwright.parallelize.sites import Product
 
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where a module keeps what its user registered around its forward."""
+
 
 class _Product(nn.Module):
-    """A module of one weight and perhaps a bias, under the names the model gave them."""
+    """A module of one weight and perhaps a bias, under the names the model gave them, with the hooks it had."""
 
     def __init__(self, old: nn.Module, product: Product, group: Group) -> None:
         super().__init__()
@@ -23,6 +32,8 @@ class _Product(nn.Module):
         self.weight_name, self.bias_name = product.weight, product.bias
         for name, parameter in old.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        for name in HOOKS:
+            getattr(self, name).update(getattr(old, name))
         self.train(old.training)
 
     def _weight(self) -> Tensor:

@@ -80,7 +80,7 @@ def sites(trace: Trace, decision: Decision) -> Sites:
             raise UnsupportedError(f"{owner(users[0])}: {source.name}, which every rank holds, meets what is split")
     outputs, inputs = _sums(trace, entering)
     gathered = tuple(one.node for one in gathers)
-    together = _together(nodes, decision)
+    together = _together(trace, nodes, decision)
     return Sites(_distinct(rows), _distinct(gathers), gathered, outputs, inputs, together)
 
 
@@ -166,13 +166,14 @@ def _takes_one(trace: Trace, path: str) -> bool:
     return alone and all(tuple(node.meta["val"].shape)[:-1] in leading for node in made)
 
 
-def _together(nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
+def _together(trace: Trace, nodes: dict[str, Node], decision: Decision) -> dict[str, str]:
     """Sums over ranks that the model adds to each other and uses nowhere else (parallel blocks of one norm), of modules
-    that are called once: what one makes waits in it for the other.
+    that are called once: what one makes waits in it for the other. One with a hook, which would see it, is left alone.
     """
     consumers = {nodes[name] for chain in decision.chains for name in chain.consumers}
     calls = Counter(map(owner, consumers))
-    consumers = {one for one in consumers if calls[owner(one)] == 1}
+    hooked = {path for path in calls if trace.model.get_submodule(path)._forward_hooks}
+    consumers = {one for one in consumers if calls[owner(one)] == 1 and owner(one) not in hooked}
     found: dict[str, str] = {}
     for first in consumers:
         end = _until_added(first)
