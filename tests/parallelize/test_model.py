@@ -91,6 +91,8 @@ def test_what_contradicts_itself_is_refused() -> None:
         parallelize_model(linear, 2, (x,))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="example_inputs=str: there is no tensor in it"):
         parallelize_model(linear, SingleGroup(), "x")
+    with pytest.raises(UsageError, match="nothing flows through an empty tensor; pass tensors with something in them"):
+        parallelize_model(linear, SingleGroup(), x[:0])
     with pytest.raises(UsageError, match=r"too many positional arguments; Linear.forward takes \(input"):
         parallelize_model(linear, SingleGroup(), (x, x))
     with pytest.raises(UnsupportedError, match="are on two devices"):

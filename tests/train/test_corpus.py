@@ -34,7 +34,8 @@ def corpus_of(home: Path, kind: str) -> Corpus:
         for at, text in enumerate(TEXTS):
             (place / f"{at}.txt").write_text(text, encoding="utf-8")
     elif kind == "jsonl":
-        (place / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n\n" for text in TEXTS))
+        lines = "".join(json.dumps({"text": text}) + "\n\n" for text in TEXTS)
+        (place / "all.jsonl").write_text(lines, encoding="utf-8-sig")  # a byte-order mark is no text
     else:
         parquet.write_table(pyarrow.table({"text": TEXTS, "other": [1, 2, 3]}), place / "all.parquet")
     return Corpus.of(recipe_of(home, data={"paths": [kind]}))

@@ -39,7 +39,13 @@ def example_of(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str,
     signature = inspect.signature(model.forward)
     if "use_cache" in signature.parameters:
         keywords.setdefault("use_cache", False)
-    if not any(isinstance(x, Tensor) for x in tree_leaves((arguments, keywords))):
+    tensors = [x for x in tree_leaves((arguments, keywords)) if isinstance(x, Tensor)]
+    if any(x.numel() == 0 for x in tensors):
+        remedy = "pass tensors with something in them; the split model takes empty ones too"
+        raise UsageError(
+            "example_inputs", _shapes((arguments, keywords)), "nothing flows through an empty tensor", remedy
+        )
+    if not tensors:
         kinds = ", ".join(sorted({type(x).__name__ for x in (*arguments, *keywords.values())})) or "nothing"
         remedy = "pass the tensors that forward takes: a tuple of positional arguments or a dict of keywords"
         raise UsageError("example_inputs", kinds, "there is no tensor in it", remedy)

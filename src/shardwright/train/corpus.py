@@ -114,14 +114,14 @@ def _unreadable(file: Path, error: OSError) -> FileError:
 
 def _texts(file: Path, field: str) -> Iterator[str]:
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:  # with or without a byte-order mark
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _field_of(file, number, line, field)
     elif file.suffix == ".parquet":
         yield from _column(file, field)
     else:
-        yield file.read_text(encoding="utf-8")
+        yield file.read_text(encoding="utf-8-sig")
 
 
 def _field_of(file: Path, number: int, line: str, field: str) -> str:
