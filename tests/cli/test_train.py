@@ -98,7 +98,8 @@ def test_a_dry_run_and_the_schema_train_nothing(home: Path) -> None:
     assert not (home / "run").exists()
 
 
-ROW = {"bandwidth": 15e9, "gemm": 1e11, "small_s": 1e-5, "piece_s": 2e-4, "paced_s": 2.1e-4, "large_s": 1e-3}
+RATES = {"bandwidth": 15e9, "gemm": 1e11, "narrow_gemm": 1e11}
+ROW = {**RATES, "small_s": 1e-5, "piece_s": 2e-4, "paced_s": 2.1e-4, "large_s": 1e-3}
 
 
 def test_tp_auto_trains_as_planned_and_says_how_it_went(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
