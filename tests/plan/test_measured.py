@@ -61,7 +61,9 @@ def test_two_cores_that_share_one_memory_do_not() -> None:
 def test_a_busy_core_shows_and_takes_less() -> None:
     alike = cluster(Measured.of(said((15e9,), (14e9, 15e9))))
     assert alike.uniform
-    busy = cluster(Measured.of(said((15e9,), (5e9, 15e9))))
+    figures = said((15e9,), (5e9, 15e9))
+    figures["ranks"]["2"][0] |= {"gemm": 1e11 / 3, "narrow_gemm": 1e11 / 3}
+    busy = cluster(Measured.of(figures))
     assert not busy.uniform
     best = plan_layout("smollm2-135m", busy).best
     assert best is not None

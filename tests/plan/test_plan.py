@@ -121,15 +121,16 @@ def test_nothing_fits() -> None:
 
 
 def test_devices_that_no_split_uses_up_are_refused(tmp_path: Path) -> None:
-    """Too many for the sequences of a step; unequal ones, of which there is one replica, and a stage has a layer."""
-    with pytest.raises(UsageError, match=r"<97 devices>: no split uses them all: .* pipelines 28, replicas 16 ranks"):
-        plan_layout("qwen2.5-7b", "97xh100", train=(16, 4096))
-    assert plan_layout("qwen2.5-7b", "97xh100").best is not None
+    """Too many for the sequences of a step, whether they are alike or not; as many sequences as replicas are enough."""
     path = tmp_path / "cluster.toml"
     path.write_text('[[nodes]]\ndevice = "h100"\ncount = 1\n' + '[[nodes]]\ndevice = "h200"\ncount = 96\n')
-    for train in (None, (256, 4096)):
-        with pytest.raises(UsageError, match=r"<97 devices>: no split uses them all: .* replicas 1 ranks at most"):
-            plan_layout("qwen2.5-7b", str(path), train=train)
+    for cluster in ("97xh100", str(path)):
+        with pytest.raises(UsageError, match=r"<97 devices>: no split uses them all: .* pipelines 28, replicas 16 r"):
+            plan_layout("qwen2.5-7b", cluster, train=(16, 4096))
+        for train in (None, (97, 4096)):
+            best = plan_layout("qwen2.5-7b", cluster, train=train).best
+            assert best is not None
+            assert (best.dp, best.shares) == (97, ())
 
 
 def test_the_bound_on_a_token_holds() -> None:

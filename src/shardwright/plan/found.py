@@ -20,7 +20,8 @@ TRUSTED_ZERO = 256
 class Layout:
     """One way to cut the job, and what it costs. step_s: a training step, or a decode step when serving.
 
-    micro_batch: sequences a rank takes at once; when serving, requests under way at each of dp replicas.
+    micro_batch: sequences a rank takes at once; when serving, requests under way at each of dp replicas. shares: of the
+    work, each device's; none where they are equal.
     """
 
     tp: int
@@ -95,9 +96,11 @@ def _at(value: Floats, at: int) -> float:
     return float(value[at]) if getattr(value, "ndim", 0) else float(value)
 
 
-def warnings_of(best: Layout, imbalance: float) -> tuple[str, ...]:
-    """The rules that a layout breaks."""
+def warnings_of(best: Layout, imbalance: float, alike: bool) -> tuple[str, ...]:
+    """The rules that a layout breaks. alike: whether all devices are."""
     said = []
+    if not alike and not best.shares:
+        said.append("unequal devices with equal shares: all are priced as the slowest")
     if imbalance >= IMBALANCE:
         said.append(f"memory of the ranks of a stage differs by {100 * imbalance:.0f} %, over {100 * IMBALANCE:.0f} %")
     if best.zero == 3 and best.dp > TRUSTED_ZERO:

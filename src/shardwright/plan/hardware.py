@@ -4,8 +4,10 @@ Decides which figure wins where several are known. Knows no model.
 """
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +83,15 @@ class Cluster:
         """How many devices there are."""
         return len(self.machines)
 
+    @cached_property
+    def kinds(self) -> Mapping[Machine, int]:
+        """How many there are of each machine."""
+        return Counter(self.machines)
+
     @property
     def uniform(self) -> bool:
         """Whether all devices are alike."""
-        return len(set(self.machines)) == 1
+        return len(self.kinds) == 1
 
     @property
     def per_node(self) -> int:

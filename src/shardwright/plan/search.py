@@ -4,7 +4,7 @@ Decides what wins and which losers are shown. Serving is searched in `serve_sear
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,16 +20,13 @@ from shardwright.plan.reasons import waits, why_not_fitting, why_slower
 from shardwright.plan.software import Software
 from shardwright.plan.step import Scene, Step, step
 from shardwright.plan.training import RECOMPUTE, Training
-from shardwright.plan.unequal import equal_machine, shares
+from shardwright.plan.unequal import Dealt, dealt, slowest
 
 SHOWN = 40
 """Losers that are explained: the best of each shape tp x pp x dp, fastest first, those that do not fit last."""
 
 COMPARED = 8
 """Shapes whose steps are drawn side by side."""
-
-BYTES_A_PARAMETER = 18
-"""Weights, gradients and optimiser in mixed precision: what unequal devices share out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ class Priced:
     step: Step
     memory: Memory
     fits: np.ndarray
-    shares: tuple[float, ...]
+    dealt: Dealt
 
     def layout(self, at: int) -> Layout:
         """One of them, to show."""
@@ -56,10 +53,10 @@ class Priced:
             recompute=RECOMPUTE[int(split.recompute)],
             zero=int(split.zero),
             step_s=seconds,
-            memory_bytes=int(self.memory.total[at]),
+            memory_bytes=self.dealt.fullest(at),
             communication_share=float(self.step.communication[at]) / seconds,
             tokens_per_s=float(training.global_batch * training.sequence) / seconds,
-            shares=self.shares,
+            shares=self.dealt.shares(at),
         )
 
 
@@ -83,7 +80,7 @@ def plan_training(model: str, blocks: Blocks, cluster: Cluster, training: Traini
         candidates=len(seconds),
         search_s=elapsed,
         losers=tuple(losers),
-        warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
+        warnings=() if winner is None else warnings_of(winner, imbalance(blocks, winner), priced.dealt.alike),
         stages=() if one is None else by_kind(memory.held(one, np.arange(int(one.split.pp))), int(one.split.pp)),
         seconds=tuple(_seconds(priced, at) for at in shapes if priced.fits[at])[:COMPARED],
         frontier=tuple(_point(priced, at) for at in shapes),
@@ -92,46 +89,33 @@ def plan_training(model: str, blocks: Blocks, cluster: Cluster, training: Traini
 
 def price(blocks: Blocks, cluster: Cluster, training: Training, software: Software) -> Priced:
     """All candidates of a cluster."""
-    machine, shared = machine_of(cluster, blocks, BYTES_A_PARAMETER, "bf16")
+    machine = slowest(cluster)
     split = training_splits(cluster.size, int(machine.per_node), int(blocks.layers), int(training.global_batch))
-    if shared:
-        split = picked(split, np.flatnonzero(split.dp == 1))
     if not len(split.tp):
-        replicas = 1 if shared else int(training.global_batch)
-        raise none_at_all(cluster.size, int(machine.per_node), int(blocks.layers), replicas)
+        raise none_at_all(cluster.size, int(machine.per_node), int(blocks.layers), int(training.global_batch))
     scene = Scene(blocks=blocks, training=training, split=split, machine=machine, software=software)
-    held, seconds = memory.worst(scene), step(scene)
-    ones = np.ones_like(split.tp)
+    held, ones = memory.worst(scene), np.ones_like(split.tp)
+
+    def cost(machine: Machine, at: np.ndarray) -> np.ndarray:
+        return np.asarray(step(replace(picked(scene, at), machine=machine)).total)
+
+    shared = dealt(cluster, split.dp, held.total, float(software.reserved), training.fp8 > 0, cost)
+    scene = replace(scene, machine=shared.machine)
     return Priced(
         scene=scene,
-        step=Step(**{kind: value * ones for kind, value in seconds.__dict__.items()}),
+        step=Step(**{kind: value * ones for kind, value in step(scene).__dict__.items()}),
         memory=Memory(**{kind: value * ones for kind, value in held.__dict__.items()}),
-        fits=held.total <= machine.memory,
-        shares=shared,
+        fits=held.total <= shared.machine.memory,
+        dealt=shared,
     )
 
 
-def machine_of(cluster: Cluster, blocks: Blocks, nbytes: float, by: str) -> tuple[Machine, tuple[float, ...]]:
-    """The device that all are priced as, and their shares where they are unequal."""
-    if cluster.uniform:
-        return cluster.machines[0], ()
-    share = shares(cluster, nbytes * parameters(blocks), by)
-    return equal_machine(cluster, share), share
-
-
-def parameters(blocks: Blocks) -> float:
-    """Of the whole model."""
-    whole = work.busiest(blocks, 1)
-    ends = (2 - blocks.tied) * work.table_parameters(whole) + blocks.holds.ends
-    return float(blocks.layers * work.layer_parameters(blocks, whole) + ends)
-
-
-def imbalance(blocks: Blocks, cluster: Cluster, tp: int) -> float:
-    """By how much of the largest the parameters of one stage's ranks differ; unequal devices are meant to."""
-    if not cluster.uniform:
+def imbalance(blocks: Blocks, layout: Layout) -> float:
+    """By how much of the largest the parameters of one stage's ranks differ; unequal shares are meant to."""
+    if layout.shares:
         return 0.0
     held = []
-    for ranks in (work.busiest(blocks, tp), work.idlest(blocks, tp)):
+    for ranks in (work.busiest(blocks, layout.tp), work.idlest(blocks, layout.tp)):
         held.append(blocks.layers * work.layer_parameters(blocks, ranks) + work.table_parameters(ranks))
     return float(1 - held[1] / held[0])
 

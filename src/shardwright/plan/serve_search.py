@@ -4,20 +4,22 @@ Decides what wins and why the others lost. Weights and KV pages must fit; replic
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from shardwright.plan import work
 from shardwright.plan.blocks import Blocks
-from shardwright.plan.candidates import none_at_all, serving_splits
+from shardwright.plan.candidates import serving_splits
 from shardwright.plan.curves import Machine
 from shardwright.plan.found import GIB, Found, Layout, Loser, by_kind, warnings_of
 from shardwright.plan.hardware import Cluster
 from shardwright.plan.memory import Memory, stage_parameters
 from shardwright.plan.quantities import Floats, picked
 from shardwright.plan.reasons import largest
-from shardwright.plan.search import COMPARED, SHOWN, imbalance, machine_of
+from shardwright.plan.search import COMPARED, SHOWN, imbalance
 from shardwright.plan.serving import Load, Server, Service, Stage, service
+from shardwright.plan.unequal import Dealt, dealt, slowest
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 RESERVED = 2e9
@@ -32,22 +34,27 @@ def plan_serving(
     latency_s: the most a token may take after the first, or None.
     """
     started = time.perf_counter()
-    machine, shared = machine_of(cluster, blocks, float(cluster.machines[0].width), "bandwidth")
+    machine = slowest(cluster)
     tp, pp, dp, batch = serving_splits(cluster.size, int(machine.per_node), int(blocks.layers), BATCHES)
-    if shared:
-        tp, pp, dp, batch = (column[dp == 1] for column in (tp, pp, dp, batch))
-    if not len(tp):
-        raise none_at_all(cluster.size, int(machine.per_node), int(blocks.layers), 1)
     load = Load(input=load.input, output=load.output, batch=batch, fp8=load.fp8 + 0 * tp)
     stage = Stage(blocks=blocks, machine=machine, server=server, tp=tp, pp=pp)
-    seen = service(stage, load)
     held = serving_memory(stage, load, 0 * pp)
-    late = np.zeros(len(tp), bool) if latency_s is None else seen.per_token > latency_s
+    bound = np.inf if latency_s is None else latency_s
+
+    def cost(machine: Machine, at: np.ndarray) -> np.ndarray:
+        seen = service(replace(picked(stage, at), machine=machine), picked(load, at))
+        return np.asarray(np.where(seen.per_token > bound, seen.per_token, -seen.throughput))
+
+    shared = dealt(cluster, dp, held.total, RESERVED, bool(load.fp8.any()), cost)
+    machine = shared.machine
+    stage = replace(stage, machine=machine)
+    seen = service(stage, load)
+    late = seen.per_token > bound
     fits = held.total <= machine.memory
     good = fits & ~late
     rate = dp * seen.throughput
     order = np.lexsort((np.where(good, -rate, np.where(fits, seen.per_token, held.total)), ~fits, ~good))
-    layouts = _Layouts(tp, pp, dp, load, seen, held, shared)
+    layouts = _Layouts(tp, pp, dp, load, seen, shared)
     best = int(order[0]) if good[order[0]] else None
     why = _Why(machine, seen, held, fits, late, rate, latency_s)
     chosen = _shapes(layouts, order)
@@ -64,7 +71,7 @@ def plan_serving(
         candidates=len(tp),
         search_s=time.perf_counter() - started,
         losers=tuple(losers),
-        warnings=() if winner is None else warnings_of(winner, imbalance(blocks, cluster, winner.tp)),
+        warnings=() if winner is None else warnings_of(winner, imbalance(blocks, winner), shared.alike),
         stages=stages,
         seconds=tuple(_seconds(seen, layouts.at(i), i) for i in chosen if good[i])[:COMPARED],
         frontier=tuple((str(layouts.at(i)), float(held.total[i]), float(rate[i]), bool(good[i])) for i in chosen),
@@ -91,10 +98,8 @@ def serving_memory(stage: Stage, load: Load, at: Floats) -> Memory:
 class _Layouts:
     """The candidates, to be shown one by one."""
 
-    def __init__(
-        self, tp: Floats, pp: Floats, dp: Floats, load: Load, seen: Service, held: Memory, shares: tuple[float, ...]
-    ) -> None:
-        self.tp, self.pp, self.dp, self.load, self.seen, self.held, self.shares = tp, pp, dp, load, seen, held, shares
+    def __init__(self, tp: Floats, pp: Floats, dp: Floats, load: Load, seen: Service, dealt: Dealt) -> None:
+        self.tp, self.pp, self.dp, self.load, self.seen, self.dealt = tp, pp, dp, load, seen, dealt
 
     def at(self, i: int) -> Layout:
         seen = self.seen
@@ -108,12 +113,12 @@ class _Layouts:
             recompute="none",
             zero=0,
             step_s=float(seen.decode_step[i]),
-            memory_bytes=int(self.held.total[i]),
+            memory_bytes=self.dealt.fullest(i),
             communication_share=float(seen.communication[i]),
             tokens_per_s=float(self.dp[i] * seen.throughput[i]),
             first_token_s=float(seen.first_token[i]),
             per_token_s=float(seen.per_token[i]),
-            shares=self.shares,
+            shares=self.dealt.shares(i),
         )
 
 
@@ -135,7 +140,7 @@ class _Why:
 
     def of(self, at: int, best: int | None) -> str:
         if not self.fits[at]:
-            need, have = float(self.held.total[at]), float(self.machine.memory)
+            need, have = float(self.held.total[at]), float(picked(self.machine, at).memory)
             kind = {"activations": "KV pages"}.get(largest(self.held, at), largest(self.held, at))
             return (
                 f"out of memory by {(need - have) / GIB:.1f} GiB on stage 0: it needs {need / GIB:.1f} GiB of "
