@@ -160,6 +160,16 @@ def test_unequal_devices_share_by_speed_and_memory(tmp_path: Path) -> None:
     assert small is None or small.shares[1] < 0.15
 
 
+def test_fp8_is_refused_where_one_device_lacks_it(tmp_path: Path) -> None:
+    """One that says its figure has it."""
+    path = tmp_path / "cluster.toml"
+    path.write_text('[[nodes]]\ndevices = ["h100", "a100-80"]\n')
+    with pytest.raises(UsageError, match="precision=fp8: a100-80 has no fp8 products"):
+        plan_layout("qwen2.5-7b", str(path), precision="fp8")
+    path.write_text('[device.mine]\nlike = "a100-80"\nfp8 = 6e14\n[[nodes]]\ndevices = ["h100", "mine"]\n')
+    assert plan_layout("qwen2.5-7b", str(path), precision="fp8").best is not None
+
+
 def test_models_from_files(tmp_path: Path) -> None:
     """A family that is not run here is read by its sizes; experts are refused; a size that lacks is named."""
     file = tmp_path / "config.json"
@@ -197,6 +207,8 @@ def test_models_from_files(tmp_path: Path) -> None:
         (["qwen1.5-72b", "--cluster", "8xh10"], "did you mean h100"),
         (["qwen1.5-72b", "--train", "--serve", "--cluster", "8xh100"], "serve=True"),
         (["qwen1.5-72b", "--precision", "fp3", "--cluster", "8xh100"], "precision=fp3"),
+        (["qwen1.5-72b", "--precision", "fp8", "--cluster", "8xa100-80"], "precision=fp8: a100-80 has no fp8 products"),
+        (["qwen1.5-72b", "--precision", "fp8", "--cluster", "8x910b2", "--train"], "precision=fp8: 910b2 has no fp8"),
         (["qwen1.5-72b", "--train", "--global-batch", "0", "--cluster", "8xh100"], "global_batch=0"),
         (["qwen1.5-72b", "--train", "--seq", "-1", "--cluster", "8xh100"], "seq=-1"),
         (["qwen1.5-72b", "--input", "0", "--cluster", "8xh100"], "input=0"),

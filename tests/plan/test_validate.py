@@ -88,6 +88,7 @@ def test_labels_move_nothing(data: Path, tmp_path: Path) -> None:
         ("tp", "0", "tp is 0, out of range"),
         ("device", "h1000", "did you mean h100"),
         ("precision", "fp4", "precision fp4: curves cover"),
+        ("precision", "fp8", "has no such products"),
         ("recompute", "some", "recompute is 'some', not one of none, selective, full"),
         ("step_time_s", "", "step_time_s is not measured"),
     ],

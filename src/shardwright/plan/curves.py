@@ -19,14 +19,14 @@ class Machine:
     """One kind of device in its node and network: datasheet figures and the constants of its curves.
 
     Rates per second and per device; memory in bytes; width: bytes of an element of its native format; tile: rows and
-    columns of the output that a processor works on, the last of which may be mostly empty. gemm_*: share of the peak
-    that an endless product reaches · ramp: inner size at which half of it is reached · tail: waves of tiles lost at the
-    end · sharpness: how compute and memory limits join · attention_*: the same for fused attention, head: head size at
-    which half is reached, ported: share of it left to kernels of an earlier generation · sustained: clock of a run of
-    hours over that of a benchmark · wire, net: share of the link's rate that collectives reach inside and across nodes
-    · latency, hop: seconds of a collective and of each further rank in it · root: its slow start, seconds per square
-    root of a byte · scatter: share of an all-reduce's rate that gathers and scatters reach · crowd, balance: what ranks
-    that share cores wait for each other at a sum (`queued`).
+    columns of the output that a processor works on, the last of which may be mostly empty. fp8: 0 where there are no
+    such products · gemm_*: share of the peak that an endless product reaches · ramp: inner size at which half of it is
+    reached · tail: waves of tiles lost at the end · sharpness: how compute and memory limits join · attention_*: the
+    same for fused attention, head: head size at which half is reached, ported: share of it left to kernels of an
+    earlier generation · sustained: clock of a run of hours over that of a benchmark · wire, net: share of the link's
+    rate that collectives reach inside and across nodes · latency, hop: seconds of a collective and of each further rank
+    in it · root: its slow start, seconds per square root of a byte · scatter: share of an all-reduce's rate that
+    gathers and scatters reach · crowd, balance: what ranks that share cores wait for each other at a sum (`queued`).
     """
 
     memory: Floats

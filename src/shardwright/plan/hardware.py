@@ -53,7 +53,7 @@ def machine(name: str) -> Machine:
         memory=row["memory_gb"] * _GIB,
         bandwidth=row["bandwidth_gbs"] * _GIGA,
         bf16=row["bf16_tflops"] * _TERA,
-        fp8=row.get("fp8_tflops", row["bf16_tflops"]) * _TERA,
+        fp8=row.get("fp8_tflops", 0.0) * _TERA,
         processors=row["processors"],
         intra=row["intra_gbs"] * _GIGA,
         inter=row["inter_gbs"] * _GIGA,

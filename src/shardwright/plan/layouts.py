@@ -30,7 +30,7 @@ def plan_layout(
     `serving.toml` · precision: bf16 or fp8.
 
     Raises:
-        UsageError: a name is unknown (the near ones are listed), or a number makes no sense.
+        UsageError: a name is unknown (the near ones are listed), a number makes no sense, or a device has no fp8.
     """
     if precision not in ("bf16", "fp8"):
         raise UsageError("precision", precision, "plans are for bf16 and fp8", "use one of them")
@@ -48,6 +48,9 @@ def plan_layout(
     fp8 = float(precision == "fp8")
     name, blocks = open_model(model)
     where = parse_cluster(cluster) if isinstance(cluster, str) else cluster
+    lacking = sorted({name for name, device in zip(where.names, where.machines, strict=True) if not device.fp8})
+    if fp8 and lacking:
+        raise UsageError("precision", precision, f"{lacking[0]} has no fp8 products", "plan with bf16")
     if train is not None:
         batch, sequence = train
         job = Training(sequence=sequence, global_batch=batch, fp8=fp8, flash=1.0)

@@ -96,7 +96,7 @@ def _machine(measured: Measured, ranks: int, row: Mapping[str, float], width: in
         memory=measured.memory / ranks,
         bandwidth=row["bandwidth"],
         bf16=products,
-        fp8=products,
+        fp8=0.0,
         processors=1,
         intra=rate,
         inter=rate,

@@ -85,6 +85,8 @@ def _record(row: Row) -> tuple[Blocks, Training, Split, Machine, Software]:
         raise UnpricedError("mixture of experts: the cost model covers dense models")
     if choice(row, "precision", (*PRECISIONS, "fp4", "fp32", "tf32")) not in PRECISIONS:
         raise UnpricedError(f"precision {row['precision']}: curves cover {', '.join(PRECISIONS)}")
+    if row["precision"].lower() == "fp8" and not machine(text(row, "device")).fp8:
+        raise UnpricedError(f"precision fp8: {row['device']} has no such products")
     device = replace(
         machine(text(row, "device")),
         intra=number(row, "intra_node_gbs") * 1e9,

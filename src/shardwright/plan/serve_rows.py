@@ -62,6 +62,8 @@ def _record(row: Row, servers: Mapping[str, Server]) -> tuple[Blocks, Machine, S
     precision = row.get("precision", "").lower()
     if precision not in PRECISIONS:
         raise UnpricedError(f"precision {precision}: curves cover bf16, fp16 and fp8")
+    if PRECISIONS[precision] and not machine(text(row, "device")).fp8:
+        raise UnpricedError(f"precision fp8: {row['device']} has no such products")
     load = Load(
         input=number(row, "isl"),
         output=number(row, "osl"),
