@@ -247,6 +247,21 @@ def test_the_command(tmp_path: Path) -> None:
     assert "why it lost" in shown
 
 
+@pytest.mark.parametrize("arguments", [["--cluster", "2xa100-40"], ["--cluster", "64xh100", "--latency", "0.1"]])
+def test_the_command_exits_with_2_where_nothing_fits(tmp_path: Path, arguments: list[str]) -> None:
+    """What is printed is whole all the same: the table, one object of JSON, the page."""
+    command = ["plan", "gpt3-175b", *arguments]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 2
+    assert shown.stdout.startswith(f"No layout of gpt3-175b on {arguments[1]} is possible")
+    assert "why it lost" in shown.stdout
+    done = CliRunner().invoke(app, [*command, "--json", "--html", str(tmp_path / "plan.html")])
+    said = json.loads(done.stdout)
+    assert (done.exit_code, said["best"], said["stages"], said["seconds"]) == (2, None, [], {})
+    assert all(loser["reason"] for loser in said["losers"])
+    assert (tmp_path / "plan.html").exists()
+
+
 def test_it_imports_no_torch() -> None:
     """Qwen-72B on 8 cards, in a process that cannot import torch."""
     code = (

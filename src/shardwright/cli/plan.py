@@ -47,6 +47,9 @@ class PlanOptions:
 def plan(options: PlanOptions) -> None:
     """Print the fastest split that fits, the runners-up, and why each of them lost.
 
+    Exits with 2 where none fits, as for any argument that cannot be met; what the closest ones lack is printed all the
+    same, and with --json best is null.
+
     Example:  shardwright plan qwen1.5-72b --cluster 8xh100
     """
     from shardwright.plan.hardware import parse_cluster
@@ -74,6 +77,8 @@ def plan(options: PlanOptions) -> None:
         print(json.dumps(found.as_json(), ensure_ascii=False))
     else:
         _show(found)
+    if found.best is None:
+        raise typer.Exit(UsageError.exit_code)
 
 
 def _show(found: "Found") -> None:
