@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -15,11 +16,15 @@ from shardwright.cli.main import app
 from shardwright.errors import FileError, UnsupportedError, UsageError
 from shardwright.layout.heads import HeadPartition
 from shardwright.layout.schedule import interleaved
+from shardwright.plan import memory
 from shardwright.plan.blocks import built_in
 from shardwright.plan.candidates import training_splits
 from shardwright.plan.found import Found
 from shardwright.plan.hardware import Cluster, parse_cluster
 from shardwright.plan.layouts import plan_layout
+from shardwright.plan.software import profile
+from shardwright.plan.step import Job
+from shardwright.plan.training import Training
 
 KEYS = {"tp", "pp", "vpp", "dp", "micro_batch", "recompute", "zero", "step_s", "memory_bytes", "communication_share"}
 
@@ -31,15 +36,15 @@ CASES = [
 ]
 
 
-def check(found: Found, devices: int, memory: float) -> None:
+def check(found: Found, devices: int, room: float) -> None:
     best = found.best
     assert best is not None
     assert best.tp * best.pp * best.dp == devices
-    assert best.memory_bytes <= memory
+    assert best.memory_bytes <= room
     assert all(loser.reason for loser in found.losers)
     for loser in found.losers:
         if "out of memory" in loser.reason:
-            assert loser.layout.memory_bytes > memory
+            assert loser.layout.memory_bytes > room
         elif found.mode == "train":
             assert loser.layout.step_s >= best.step_s
 
@@ -118,6 +123,29 @@ def test_nothing_fits() -> None:
     assert found.best is None
     assert all("out of memory by" in loser.reason for loser in found.losers)
     assert found.as_json()["best"] is None
+
+
+@pytest.mark.parametrize(
+    ("cluster", "train"), [("7x8xh100", None), ("7x8xh200", (70, 2048)), ("11x8xh100", (88, 2048))]
+)
+def test_memory_is_of_the_fullest_of_all_stages(cluster: str, train: tuple[int, int] | None) -> None:
+    """96 layers over 7 stages are five of 14 between two of 13; no stage of the winner holds more than is said."""
+    found = plan_layout("gpt3-175b", cluster, train=train)
+    assert found.best is not None
+    held = [sum(stage.values()) for stage in found.stages]
+    assert found.best.memory_bytes == pytest.approx(max(held))
+    assert found.best.memory_bytes <= parse_cluster(cluster).machines[0].memory
+
+
+@pytest.mark.parametrize("layers", [10, 28, 96])
+def test_the_fullest_stage_is_found_among_three(layers: int) -> None:
+    """Beside all stages, one by one, of every candidate."""
+    blocks = replace(built_in("gpt3-175b")[1], layers=layers)
+    split = training_splits(56, 8, layers, 70)
+    training = Training(sequence=2048, global_batch=70, fp8=0.0, flash=1.0)
+    job = Job(blocks=blocks, training=training, split=split, software=profile("generic"))
+    of_all = np.max([memory.held(job, np.minimum(stage, split.pp - 1)).total for stage in range(56)], axis=0)
+    assert memory.worst(job).total == pytest.approx(of_all, rel=1e-12)
 
 
 def test_devices_that_no_split_uses_up_are_refused(tmp_path: Path) -> None:

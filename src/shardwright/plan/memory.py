@@ -3,6 +3,7 @@
 Decides what lives at once. Formulas of activations: Korthikanti et al. 2022, with the pieces named. Knows no device.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,10 +62,24 @@ def held(job: Job, stage: Floats) -> Memory:
 
 
 def worst(job: Job) -> Memory:
-    """The fullest stage's: the first holds most activations, the last the logits."""
-    first, last = held(job, 0 * job.split.pp), held(job, job.split.pp - 1)
-    fuller = last.total > first.total
-    return Memory(**{kind: np.where(fuller, last.__dict__[kind], first.__dict__[kind]) for kind in first.__dict__})
+    """The fullest stage's."""
+    return fullest(lambda stage: held(job, stage), job.split.pp)[0]
+
+
+def fullest(of_stage: Callable[[Floats], Memory], pp: Floats) -> tuple[Memory, Floats]:
+    """What a rank of the fullest stage holds, and which stage that is.
+
+    The first holds most activations and the last the logits; where stages cannot be equal these ends are the shorter
+    ones, and of those between, the second holds most.
+    """
+    most, where = of_stage(0 * pp), 0 * pp
+    for stage in (np.minimum(1, pp - 1), pp - 1):
+        other = of_stage(stage)
+        fuller = other.total > most.total
+        kinds = most.__dict__.items()
+        most = Memory(**{kind: np.where(fuller, other.__dict__[kind], value) for kind, value in kinds})
+        where = np.where(fuller, stage, where)
+    return most, where
 
 
 def stage_parameters(blocks: Blocks, share: work.Share, pp: Floats, stage: Floats) -> tuple[Floats, Floats]:

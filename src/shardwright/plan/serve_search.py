@@ -14,7 +14,7 @@ from shardwright.plan.candidates import serving_splits
 from shardwright.plan.curves import Machine
 from shardwright.plan.found import GIB, Found, Layout, Loser, by_kind, warnings_of
 from shardwright.plan.hardware import Cluster
-from shardwright.plan.memory import Memory, stage_parameters
+from shardwright.plan.memory import Memory, fullest, stage_parameters
 from shardwright.plan.quantities import Floats, picked
 from shardwright.plan.reasons import largest
 from shardwright.plan.search import COMPARED, SHOWN, imbalance
@@ -38,7 +38,7 @@ def plan_serving(
     tp, pp, dp, batch = serving_splits(cluster.size, int(machine.per_node), int(blocks.layers), BATCHES)
     load = Load(input=load.input, output=load.output, batch=batch, fp8=load.fp8 + 0 * tp)
     stage = Stage(blocks=blocks, machine=machine, server=server, tp=tp, pp=pp)
-    held = serving_memory(stage, load, 0 * pp)
+    held, fullest_stage = fullest(lambda at: serving_memory(stage, load, at), pp)
     bound = np.inf if latency_s is None else latency_s
 
     def cost(machine: Machine, at: np.ndarray) -> np.ndarray:
@@ -56,7 +56,7 @@ def plan_serving(
     order = np.lexsort((np.where(good, -rate, np.where(fits, seen.per_token, held.total)), ~fits, ~good))
     layouts = _Layouts(tp, pp, dp, load, seen, shared)
     best = int(order[0]) if good[order[0]] else None
-    why = _Why(machine, seen, held, fits, late, rate, latency_s)
+    why = _Why(machine, seen, held, fullest_stage, fits, late, rate, latency_s)
     chosen = _shapes(layouts, order)
     losers = [Loser(layouts.at(i), why.of(i, best)) for i in chosen if i != best][:SHOWN]
     winner = None if best is None else layouts.at(best)
@@ -130,12 +130,13 @@ class _Why:
         machine: Machine,
         seen: Service,
         held: Memory,
+        stage: Floats,
         fits: Floats,
         late: Floats,
         rate: Floats,
         latency_s: float | None,
     ) -> None:
-        self.machine, self.seen, self.held = machine, seen, held
+        self.machine, self.seen, self.held, self.stage = machine, seen, held, stage
         self.fits, self.late, self.rate, self.latency_s = fits, late, rate, latency_s
 
     def of(self, at: int, best: int | None) -> str:
@@ -143,8 +144,8 @@ class _Why:
             need, have = float(self.held.total[at]), float(picked(self.machine, at).memory)
             kind = {"activations": "KV pages"}.get(largest(self.held, at), largest(self.held, at))
             return (
-                f"out of memory by {(need - have) / GIB:.1f} GiB on stage 0: it needs {need / GIB:.1f} GiB of "
-                f"{have / GIB:.0f}, most of it {kind}"
+                f"out of memory by {(need - have) / GIB:.1f} GiB on stage {int(self.stage[at])}: it needs "
+                f"{need / GIB:.1f} GiB of {have / GIB:.0f}, most of it {kind}"
             )
         if self.late[at] or best is None:
             token, bound = 1e3 * float(self.seen.per_token[at]), 1e3 * (self.latency_s or 0.0)
