@@ -20,8 +20,9 @@ from shardwright.plan import memory
 from shardwright.plan.blocks import built_in
 from shardwright.plan.candidates import training_splits
 from shardwright.plan.found import Found
-from shardwright.plan.hardware import Cluster, parse_cluster
+from shardwright.plan.hardware import Cluster, machine, parse_cluster
 from shardwright.plan.layouts import plan_layout
+from shardwright.plan.serving import Load, Stage, server, service
 from shardwright.plan.software import profile
 from shardwright.plan.step import Job
 from shardwright.plan.training import Training
@@ -169,6 +170,22 @@ def test_the_bound_on_a_token_holds() -> None:
     tight = plan_layout("qwen1.5-72b", "8xh100", latency_s=0.001)
     assert tight.best is None
     assert any("over the 1.0 ms asked for" in loser.reason for loser in tight.losers)
+
+
+@pytest.mark.parametrize("batch", [1.0, 3.0])
+def test_no_request_is_cut_over_stages(batch: float) -> None:
+    """Where there are fewer requests than stages each passes all layers alone, however many stages those are in."""
+    _, blocks = built_in("qwen2.5-7b")
+    load = Load(input=65536.0, output=256.0, batch=batch, fp8=0.0)
+    alone = Load(input=65536.0, output=256.0, batch=1.0, fp8=0.0)
+
+    def computed(load: Load, pp: float) -> float:
+        stage = Stage(blocks=blocks, machine=machine("h100"), server=server("generic"), tp=1.0, pp=pp)
+        seen = service(stage, load)
+        return float(seen.decode_step * (1 - seen.communication))
+
+    for pp in (4.0, 7.0):
+        assert computed(load, pp) == pytest.approx(computed(alone, 1.0))
 
 
 def test_unequal_devices_share_by_speed_and_memory(tmp_path: Path) -> None:

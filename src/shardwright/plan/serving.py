@@ -88,7 +88,7 @@ def service(stage: Stage, load: Load) -> Service:
 def _decode(stage: Stage, load: Load) -> tuple[Floats, Floats]:
     """Seconds of a decode step through all pipeline stages, and of its communication."""
     blocks, machine, server, tp, pp = stage.blocks, stage.machine, stage.server, stage.tp, stage.pp
-    rows, share = load.batch / pp, work.busiest(blocks, tp)  # a share of the requests in each stage at a time
+    rows, share = np.maximum(load.batch / pp, 1), work.busiest(blocks, tp)  # requests in each stage at a time
     seconds = KERNELS * machine.launch * server.launches + 0.0 * rows
     for m, n, k in work.products(share, rows):
         seconds = seconds + curves.product(machine, m, n, k, load.fp8) - machine.launch * (1 - server.launches)
