@@ -40,7 +40,7 @@ def test_clusters_by_name(text: str, size: int, per_node: int) -> None:
     assert (cluster.size, cluster.per_node, cluster.uniform) == (size, per_node, True)
 
 
-@pytest.mark.parametrize("text", ["0xh100", "8xnothing", "9999999x8xh100"])
+@pytest.mark.parametrize("text", ["0xh100", "8xnothing", "9999999x8xh100", "", " ", "8xh\n100"])
 def test_clusters_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         parse_cluster(text)

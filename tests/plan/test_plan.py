@@ -258,6 +258,17 @@ def test_models_from_files(tmp_path: Path) -> None:
         (["qwen1.5-72b", "--train", "--seq", "-1", "--cluster", "8xh100"], "seq=-1"),
         (["qwen1.5-72b", "--input", "0", "--cluster", "8xh100"], "input=0"),
         (["qwen1.5-72b", "--output", "0", "--cluster", "8xh100"], "output=0"),
+        (
+            ["qwen1.5-72b", "--input", "1" + "0" * 20, "--cluster", "8xh100"],
+            "sequences and tokens are between 1 and 1,",
+        ),
+        (["qwen1.5-72b", "--train", "--seq", "1" + "0" * 20, "--cluster", "8xh100"], "tokens are between 1 and 1,09"),
+        (["qwen1.5-72b", "--train", "--output", "256", "--cluster", "8xh100"], "output=256: it is of a plan for serv"),
+        (
+            ["qwen1.5-72b", "--seq", "4096", "--cluster", "8xh100"],
+            "seq=4096: it is of a plan for training; add --train",
+        ),
+        (["qwen1.5-72b", "--cluster", ""], "cluster=: it names no device"),
         (["qwen1.5-72b", "--latency", "0", "--cluster", "8xh100"], "latency=0 ms"),
         (["qwen1.5-72b", "--latency", "nan", "--cluster", "8xh100"], "latency=nan ms"),
         (["qwen1.5-72b", "--latency", "9", "--train", "--cluster", "8xh100"], "latency=9 ms: a training step"),
@@ -275,6 +286,13 @@ def test_wrong_arguments(arguments: list[str], said: str) -> None:
     done = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)
+
+
+def test_sizes_that_nobody_has_are_priced_without_a_warning() -> None:
+    """Up to the bound; none fits."""
+    with np.errstate(all="raise", under="ignore"):
+        for train in (None, (1 << 40, 1 << 40)):
+            assert plan_layout("qwen2.5-7b", "8xh100", train=train, serve=(1 << 40, 1 << 40)).best is None
 
 
 def test_the_command(tmp_path: Path) -> None:

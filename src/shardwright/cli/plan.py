@@ -30,10 +30,10 @@ class PlanOptions:
     ] = None
     train: Annotated[bool, typer.Option("--train", help="Plan a training run.")] = False
     serve: Annotated[bool, typer.Option("--serve", help="Plan serving; the default.")] = False
-    global_batch: Annotated[int, typer.Option(help="Sequences of a training step.")] = 256
-    seq: Annotated[int, typer.Option(help="Tokens of a training sequence.")] = 4096
-    input: Annotated[int, typer.Option(help="Tokens of a request.")] = 1024
-    output: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256
+    global_batch: Annotated[int | None, typer.Option(help="Sequences of a training step.", show_default="256")] = None
+    seq: Annotated[int | None, typer.Option(help="Tokens of a training sequence.", show_default="4096")] = None
+    input: Annotated[int | None, typer.Option(help="Tokens of a request.", show_default="1024")] = None
+    output: Annotated[int | None, typer.Option(help="Tokens of an answer.", show_default="256")] = None
     latency: Annotated[float | None, typer.Option(help="Most milliseconds a token may take when serving.")] = None
     software: Annotated[str, typer.Option(help="A profile: megatron-core, fsdp, vllm, … (docs/planner.md).")] = (
         "generic"
@@ -58,13 +58,14 @@ def plan(options: PlanOptions) -> None:
 
     if options.train and options.serve:
         raise UsageError("serve", True, "a plan is for training or for serving", "drop --train or --serve")
+    train, serve = _asked(options)
     check_output("html", options.html, (".html", ".htm"))
-    cluster = parse_cluster(options.cluster) if options.cluster else cluster_of(measured_machine())
+    cluster = cluster_of(measured_machine()) if options.cluster is None else parse_cluster(options.cluster)
     found = plan_layout(
         options.model,
         cluster,
-        train=(options.global_batch, options.seq) if options.train else None,
-        serve=(options.input, options.output),
+        train=train if options.train else None,
+        serve=serve,
         latency_s=None if options.latency is None else options.latency / 1e3,
         software=options.software,
         precision=options.precision,
@@ -79,6 +80,19 @@ def plan(options: PlanOptions) -> None:
         _show(found)
     if found.best is None:
         raise typer.Exit(UsageError.exit_code)
+
+
+def _asked(options: PlanOptions) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What a training step and what a request is of; one that is given and not planned is refused."""
+    idle, remedy = (("input", "output"), "drop it") if options.train else (("global_batch", "seq"), "add --train")
+    for name in idle:
+        value = getattr(options, name)
+        if value is not None:
+            kind = "serving" if options.train else "training"
+            raise UsageError(name, value, f"it is of a plan for {kind}", remedy)
+    sizes = {"global_batch": 256, "seq": 4096, "input": 1024, "output": 256}
+    said = {name: size if getattr(options, name) is None else getattr(options, name) for name, size in sizes.items()}
+    return (said["global_batch"], said["seq"]), (said["input"], said["output"])
 
 
 def _show(found: "Found") -> None:

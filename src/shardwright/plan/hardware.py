@@ -111,7 +111,8 @@ def parse_cluster(text: str) -> Cluster:
     form = re.fullmatch(r"(?:(\d+)x)?(\d+)x(.+)", text.strip().lower())
     if form is None:
         form = re.fullmatch(r"()(1?)(.+)", text.strip().lower())
-    assert form is not None
+    if form is None:
+        raise UsageError("cluster", text, "it names no device", "write 8xh100 or 4x8xh100")
     nodes, count, name = int(form[1] or 0), int(form[2] or 1), form[3]
     device = machine(name)
     total = (nodes or 1) * count

@@ -11,6 +11,9 @@ from shardwright.plan.software import profile
 from shardwright.plan.sources import open_model
 from shardwright.plan.training import Training
 
+MOST = 1 << 40
+"""Sequences of a step, tokens of one."""
+
 
 def plan_layout(
     model: str,
@@ -36,8 +39,8 @@ def plan_layout(
         raise UsageError("precision", precision, "plans are for bf16 and fp8", "use one of them")
     counts = dict(zip(("input", "output") if train is None else ("global_batch", "seq"), train or serve, strict=True))
     for name, value in counts.items():
-        if not value >= 1:
-            raise UsageError(name, value, "sequences and tokens are at least 1", "give a positive number")
+        if not 1 <= value <= MOST:
+            raise UsageError(name, value, f"sequences and tokens are between 1 and {MOST:,}", "give such a number")
     if latency_s is not None and train is not None:
         raise UsageError("latency", f"{1e3 * latency_s:g} ms", "a training step gives no tokens one by one", "drop it")
     if latency_s is not None and not latency_s > 0:
@@ -53,7 +56,7 @@ def plan_layout(
         raise UsageError("precision", precision, f"{lacking[0]} has no fp8 products", "plan with bf16")
     if train is not None:
         batch, sequence = train
-        job = Training(sequence=sequence, global_batch=batch, fp8=fp8, flash=1.0)
+        job = Training(sequence=float(sequence), global_batch=float(batch), fp8=fp8, flash=1.0)
         return plan_training(name, blocks, where, job, profile(software, precision))
-    load = Load(input=serve[0], output=serve[1], batch=1, fp8=fp8)
+    load = Load(input=float(serve[0]), output=float(serve[1]), batch=1, fp8=fp8)
     return plan_serving(name, blocks, where, load, server(software), latency_s)
