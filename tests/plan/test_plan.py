@@ -205,6 +205,24 @@ def test_unequal_devices_share_by_speed_and_memory(tmp_path: Path) -> None:
     assert small is None or small.shares[1] < 0.15
 
 
+@pytest.mark.parametrize(
+    ("job", "noted"),
+    [
+        ({"serve": (130000, 1072)}, False),
+        ({"serve": (130000, 1073)}, True),
+        ({"train": (8, 131072)}, False),
+        ({"train": (8, 131073)}, True),
+    ],
+)
+def test_sequences_beyond_the_context_are_noted(job: dict[str, tuple[int, int]], noted: bool) -> None:
+    """Of a file, which says the context; a built-in model is known by its sizes alone."""
+    config = Path(__file__).parents[2] / "examples" / "configs" / "qwen2.5-72b.json"
+    assert json.loads(config.read_text())["max_position_embeddings"] == 131072
+    found = plan_layout(str(config), "64xh200", **job)  # type: ignore[arg-type]
+    assert ("sequences of 131,073 tokens; the model's context is 131,072" in found.warnings) == noted
+    assert sum("context" in note for note in found.warnings) == noted
+
+
 def test_fp8_is_refused_where_one_device_lacks_it(tmp_path: Path) -> None:
     """One that says its figure has it."""
     path = tmp_path / "cluster.toml"

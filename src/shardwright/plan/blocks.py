@@ -30,7 +30,8 @@ class Blocks:
     window: tokens a token sees in the layers that have a window, 0 for none; windowed: their share of the layers ·
     parts: blocks of the residual stream in a layer · norms: of H features, a layer; behind: those of them behind a
     block · head_norms: 1 where heads of q and k are normed · turned: share of a head's dims that rotary embedding turns
-    · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums: those of T x 2, either way.
+    · sums, sums_back: all-reduces of T x H of a layer, forward and backward · norm_sums: those of T x 2, either way ·
+    context: the longest sequence it is for, on which no cost depends; 0 where nobody says.
 
     What single operations keep for the backward: norm_kept: numbers for each one of a norm's output · head_kept: of
     norms on heads, the same · activation_kept: 0 where its input or output is enough · scores_kept: for each score of
@@ -60,6 +61,7 @@ class Blocks:
     sums: Floats = 2
     sums_back: Floats = 2
     norm_sums: Floats = 0
+    context: Floats = 0
     holds: Holds
 
 

@@ -42,6 +42,7 @@ def of_config(config: ModelConfig) -> Blocks:
         sums=sums,
         sums_back=sums_back,
         norm_sums=int(config.wide_qk_norm),
+        context=config.context,
         holds=_holds(config),
     )
 

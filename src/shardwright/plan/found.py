@@ -57,7 +57,7 @@ class Loser:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A plan. best is None where nothing fits; warnings: the rules that the winner breaks.
+    """A plan. best is None where nothing fits; warnings: the rules that the winner breaks, and notes.
 
     stages: bytes by kind on a rank of each stage of the winner · seconds: a step by kind of the winner and the next
     ones that fit · frontier: (label, bytes,

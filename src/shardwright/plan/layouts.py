@@ -1,6 +1,9 @@
 """`plan_layout`: a plan from names, as the command line and Python call it."""
 
+from dataclasses import replace
+
 from shardwright.errors import UsageError
+from shardwright.plan.blocks import Blocks
 from shardwright.plan.catalogue import read, resolve
 from shardwright.plan.found import Found
 from shardwright.plan.hardware import Cluster, parse_cluster
@@ -57,6 +60,15 @@ def plan_layout(
     if train is not None:
         batch, sequence = train
         job = Training(sequence=float(sequence), global_batch=float(batch), fp8=fp8, flash=1.0)
-        return plan_training(name, blocks, where, job, profile(software, precision))
+        found = plan_training(name, blocks, where, job, profile(software, precision))
+        return _noted(found, blocks, sequence)
     load = Load(input=float(serve[0]), output=float(serve[1]), batch=1, fp8=fp8)
-    return plan_serving(name, blocks, where, load, server(software), latency_s)
+    return _noted(plan_serving(name, blocks, where, load, server(software), latency_s), blocks, sum(serve))
+
+
+def _noted(found: Found, blocks: Blocks, longest: int) -> Found:
+    """With a note where sequences are longer than the model is for."""
+    if not blocks.context or longest <= blocks.context:
+        return found
+    note = f"sequences of {longest:,} tokens; the model's context is {int(blocks.context):,}"
+    return replace(found, warnings=(*found.warnings, note))
