@@ -1,5 +1,6 @@
 """Properties that hold for any constants: more work is never faster, better machines are never slower."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,20 @@ def test_collectives(name: str, ranks: int, stride: int, nbytes: float) -> None:
     faster = replace(device, intra=2 * device.intra, inter=2 * device.inter)
     assert curves.all_reduce(faster, curves.links(faster, ranks, stride), nbytes) <= reduced
     assert curves.gather(device, curves.links(device, 1, stride), nbytes) == 0
+
+
+@pytest.mark.parametrize("per_node", range(1, 9))
+@pytest.mark.parametrize("ranks", range(2, 25))
+def test_links_are_those_of_the_group_with_fewest_ranks_in_a_node(per_node: int, ranks: int) -> None:
+    """Beside all groups that lie end to end until nodes and groups end together, device by device."""
+    device = replace(machine("a100-80"), per_node=per_node)
+    for stride in (n for n in range(1, per_node + 1) if per_node % n == 0):
+        fewest = ranks
+        for first in (at for at in range(per_node * ranks * stride) if at % (ranks * stride) < stride):
+            fewest = min(fewest, *Counter((first + at * stride) // per_node for at in range(ranks)).values())
+        inside, across = device.intra * device.wire, device.inter * device.net * fewest
+        expected = inside if fewest == ranks else min(inside, across)
+        assert float(curves.links(device, ranks, stride).rate) == pytest.approx(expected)
 
 
 def test_a_ring_uses_the_adapters_of_all_its_ranks_in_a_node() -> None:

@@ -149,6 +149,13 @@ def test_the_fullest_stage_is_found_among_three(layers: int) -> None:
     assert memory.worst(job).total == pytest.approx(of_all, rel=1e-12)
 
 
+def test_ranks_that_straddle_nodes_do_not_win_on_the_links_of_one() -> None:
+    """Groups of 3 over nodes of 8: the third has two ranks in one node and one in the next."""
+    best = plan_layout("llama-2-70b", "6x8xh100", train=(96, 4096)).best
+    assert best is not None
+    assert 8 % best.tp == 0
+
+
 def test_devices_that_no_split_uses_up_are_refused(tmp_path: Path) -> None:
     """Too many for the sequences of a step, whether they are alike or not; as many sequences as replicas are enough."""
     path = tmp_path / "cluster.toml"

@@ -108,11 +108,15 @@ def links(machine: Machine, ranks: Floats, stride: Floats, rails: Floats | float
 
     Inside a node the ring runs over the node's links. Across nodes each rank of the group in a node brings its own
     adapter, and the ring crosses by all of them: rate = adapters x the group's ranks a node, at most the inside's.
+    Groups lie end to end over nodes: where their length does not divide a node, some lie across its end, and the one
+    with the fewest ranks in a node is the slowest: gcd(node, length) devices of it.
     """
-    together = np.where(np.asarray(rails) > 0, np.clip(machine.per_node / stride, 1, ranks), 1)
+    length = np.asarray(ranks * stride)
+    least = np.gcd(np.asarray(machine.per_node).astype(int), length.astype(int))
+    together = np.where(np.asarray(rails) > 0, np.clip(least / stride, 1, ranks), 1)
     inside = machine.intra * machine.wire
     across = np.minimum(machine.inter * machine.net * together, inside)
-    return Links(ranks=ranks, rate=np.where(ranks * stride <= machine.per_node, inside, across))
+    return Links(ranks=ranks, rate=np.where(length == least, inside, across))
 
 
 def gather(machine: Machine, wired: Links, nbytes: Floats) -> Floats:
