@@ -52,6 +52,9 @@ def test_a_plan_without_a_cluster_is_for_this_machine(cache: Path) -> None:
     said = json.loads(done.stdout)
     assert said["cluster"] == "this machine"
     assert said["best"]["tp"] * said["best"]["pp"] * said["best"]["dp"] == len(os.sched_getaffinity(0))
+    for software in ("shardwright", "generic"):
+        other = CliRunner().invoke(app, ["plan", "smollm2-135m", "--json", "--software", software])
+        assert (json.loads(other.stdout)["best"] == said["best"]) == (software == "shardwright")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"cores": 1000, "memory": 1, "ranks": {}}', "[1]"])

@@ -58,6 +58,16 @@ def test_two_cores_that_share_one_memory_do_not() -> None:
     assert fastest_decode(SMOLLM, Measured.of(said((15e9,), (7e9, 7e9))), 8, 64).tp == 1
 
 
+def test_a_plan_for_this_machine_is_in_bfloat16_as_any_plan() -> None:
+    """One rank holds 134.5 M parameters of two bytes, and multiplies as fast as it does those."""
+    figures = said((15e9,)) | {"cores": 1}
+    figures["ranks"]["1"][0]["narrow_gemm"] = 3e11
+    here = cluster(Measured.of(figures))
+    assert here.machines[0].bf16 == 3e11
+    found = plan_layout("smollm2-135m", here)
+    assert found.stages[0]["weights"] == pytest.approx(2 * 134.5e6, rel=0.001)
+
+
 def test_a_busy_core_shows_and_takes_less() -> None:
     alike = cluster(Measured.of(said((15e9,), (14e9, 15e9))))
     assert alike.uniform

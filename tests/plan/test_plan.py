@@ -294,6 +294,7 @@ def test_models_from_files(tmp_path: Path) -> None:
             "seq=4096: it is of a plan for training; add --train",
         ),
         (["qwen1.5-72b", "--cluster", ""], "cluster=: it names no device"),
+        (["qwen1.5-72b", "--software", "", "--cluster", "8xh100"], "software=: there is no such software"),
         (["qwen1.5-72b", "--latency", "0", "--cluster", "8xh100"], "latency=0 ms"),
         (["qwen1.5-72b", "--latency", "nan", "--cluster", "8xh100"], "latency=nan ms"),
         (["qwen1.5-72b", "--latency", "9", "--train", "--cluster", "8xh100"], "latency=9 ms: a training step"),

@@ -35,9 +35,13 @@ class PlanOptions:
     input: Annotated[int | None, typer.Option(help="Tokens of a request.", show_default="1024")] = None
     output: Annotated[int | None, typer.Option(help="Tokens of an answer.", show_default="256")] = None
     latency: Annotated[float | None, typer.Option(help="Most milliseconds a token may take when serving.")] = None
-    software: Annotated[str, typer.Option(help="A profile: megatron-core, fsdp, vllm, … (docs/planner.md).")] = (
-        "generic"
-    )
+    software: Annotated[
+        str | None,
+        typer.Option(
+            help="A profile: megatron-core, fsdp, vllm, … (docs/planner.md).",
+            show_default="generic; shardwright on this machine",
+        ),
+    ] = None
     precision: Annotated[str, typer.Option(help="Of the products: bf16 or fp8.")] = "bf16"
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")] = False
     html: Annotated[Path | None, typer.Option(help="Write a report with pictures there.")] = None
@@ -61,13 +65,14 @@ def plan(options: PlanOptions) -> None:
     train, serve = _asked(options)
     check_output("html", options.html, (".html", ".htm"))
     cluster = cluster_of(measured_machine()) if options.cluster is None else parse_cluster(options.cluster)
+    software = "shardwright" if options.cluster is None else "generic"
     found = plan_layout(
         options.model,
         cluster,
         train=train if options.train else None,
         serve=serve,
         latency_s=None if options.latency is None else options.latency / 1e3,
-        software=options.software,
+        software=software if options.software is None else options.software,
         precision=options.precision,
     )
     if options.html is not None:

@@ -106,8 +106,8 @@ def _machine(measured: Measured, ranks: int, row: Mapping[str, float], width: in
 
 
 def cluster(measured: Measured) -> Cluster:
-    """This machine: a device for each core."""
-    return Cluster("this machine", ("core",) * measured.cores, machines(measured, measured.cores))
+    """This machine: a device for each core, in bfloat16 as plans are."""
+    return Cluster("this machine", ("core",) * measured.cores, machines(measured, measured.cores, width=2))
 
 
 @dataclass(frozen=True)
