@@ -92,3 +92,18 @@ def test_what_is_not_measured_is_refused() -> None:
 def test_a_damaged_cache_is_none(wrong: dict[str, Any]) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         Measured.of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("bandwidth", 0), ("gemm", 0), ("bandwidth", float("nan")), ("gemm", float("inf")), ("dealt_s", 0)]
+    + [(name, wrong) for name in ("small_s", "dealt_s") for wrong in (-1, float("inf"), float("nan"))],
+)
+def test_a_cache_whose_figures_cannot_be_is_none(name: str, wrong: float) -> None:
+    """A single rank deals nothing out, in no time; of a rate of 0 or of no number there is no plan."""
+    figures = said((15e9,), (15e9, 15e9))
+    figures["ranks"]["1"][0]["dealt_s"] = 0
+    Measured.of(figures)
+    figures["ranks"]["2"][1][name] = wrong
+    with pytest.raises(ValueError, match=r"figures are missing|no time"):
+        Measured.of(figures)

@@ -5,7 +5,7 @@ Decides how figures become curve constants. Measures nothing (`profile.machine` 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 from shardwright.errors import UsageError
@@ -42,13 +42,19 @@ class Measured:
             ValueError, KeyError, TypeError: it is not one.
         """
         table = {int(n): [{k: float(v) for k, v in row.items()} for row in rows] for n, rows in said["ranks"].items()}
-        if not table or any(len(rows) != n or min(map(_least, rows)) < 0 for n, rows in table.items()):
-            raise ValueError("figures are missing")
-        return cls(int(said["cores"]), int(said["memory"]), table)
+        if not table or any(len(rows) != n or not all(map(_sound, rows)) for n, rows in table.items()):
+            raise ValueError("figures are missing, or cannot be")
+        if any(row["dealt_s"] == 0 for n, rows in table.items() if n > 1 for row in rows):
+            raise ValueError("nothing is dealt out in no time")
+        cores, memory = int(said["cores"]), int(said["memory"])
+        if min(cores, memory) < 1:
+            raise ValueError("a machine has cores and memory")
+        return cls(cores, memory, table)
 
 
-def _least(row: Mapping[str, float]) -> float:
-    return min(row[name] for name in (*RATES, "small_s", "piece_s", "paced_s", "large_s", "dealt_s"))
+def _sound(row: Mapping[str, float]) -> bool:
+    seconds = [row[name] for name in ("small_s", "piece_s", "paced_s", "large_s", "dealt_s")]
+    return all(0 < row[name] < inf for name in RATES) and all(0 <= each < inf for each in seconds)
 
 
 def machines(measured: Measured, ranks: int, width: int = 4) -> tuple[Machine, ...]:
