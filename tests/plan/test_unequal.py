@@ -134,6 +134,13 @@ def test_a_device_that_is_full_takes_no_more() -> None:
     assert best.memory_bytes <= small.machines[0].memory
 
 
+def test_a_device_without_room_for_what_every_rank_holds_is_not_left_out_in_silence() -> None:
+    """A rank takes part however little it takes: with less than its buffers there is no plan."""
+    for gigabytes, fits in ((2.1, True), (1.9, False)):
+        cluster = changed(cluster_of(("h100", "h20")), 1, memory=gigabytes * 1e9 / machine("h20").memory)
+        assert (plan_layout("qwen2.5-1.5b", cluster).best is not None) == fits
+
+
 def test_a_figure_that_no_product_uses_makes_no_device_unequal() -> None:
     equal = cluster_of(("h100",) * 8)
     plans = [plan_layout("qwen2.5-7b", cluster) for cluster in (equal, changed(equal, 3, fp8=0.5))]

@@ -104,7 +104,8 @@ def dealt(cluster: Cluster, replicas: np.ndarray, need: np.ndarray, whole: float
     chosen = {name: np.full(len(need), float(getattr(machine, name))) for name in FIGURES}
     for name, values in rates.items():
         chosen[name][one] = np.where(alike, chosen[name][one], values[best, np.arange(len(one))])
-    chosen["memory"][one] = whole + mean
+    if machine.memory >= whole:  # else one has no room for what every rank holds, however little it takes
+        chosen["memory"][one] = whole + mean
     return Dealt(cluster, False, replace(machine, **chosen), need, whole, even)
 
 
