@@ -19,7 +19,7 @@ from shardwright.layout.schedule import interleaved
 from shardwright.plan import memory
 from shardwright.plan.blocks import built_in
 from shardwright.plan.candidates import training_splits
-from shardwright.plan.found import Found
+from shardwright.plan.found import Found, summary
 from shardwright.plan.hardware import Cluster, machine, parse_cluster
 from shardwright.plan.layouts import plan_layout
 from shardwright.plan.serving import Load, Stage, server, service
@@ -312,6 +312,13 @@ def test_wrong_arguments(arguments: list[str], said: str) -> None:
     done = CliRunner().invoke(app, ["plan", *arguments])
     assert isinstance(done.exception, UsageError)
     assert said in str(done.exception)
+
+
+def test_few_tokens_a_second_are_not_none() -> None:
+    found = plan_layout("qwen2.5-7b", "8xh100", serve=(1_000_000, 1))
+    assert found.best is not None
+    assert 0 < found.best.tokens_per_s < 0.5
+    assert f" {found.best.tokens_per_s:.2g} tokens/s" in summary(found)
 
 
 def test_sizes_that_nobody_has_are_priced_without_a_warning() -> None:

@@ -119,7 +119,7 @@ def summary(found: Found) -> str:
     if best is None:
         return f"No layout of {found.model} on {found.cluster} is possible ({searched})."
     said = (
-        f"{best}: {best.memory_bytes / GIB:.1f} GiB on the fullest device, {best.tokens_per_s:,.0f} tokens/s, "
+        f"{best}: {best.memory_bytes / GIB:.1f} GiB on the fullest device, {_rate(best.tokens_per_s)} tokens/s, "
         f"communication {100 * best.communication_share:.0f} % of a step of {best.step_s:.4g} s"
     )
     if best.first_token_s is not None and best.per_token_s is not None:
@@ -127,3 +127,8 @@ def summary(found: Found) -> str:
     if best.shares:
         said += "; shares " + ", ".join(f"{100 * share:.0f} %" for share in best.shares)
     return f"{said} ({searched})."
+
+
+def _rate(tokens: float) -> str:
+    """Whole tokens a second, or two digits where there are few."""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
