@@ -1,5 +1,6 @@
 """Unequal devices: shares that all keep up with, near the best there are; better figures never make a plan slower."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_one_better_device_among_equal_ones_does_not_either(job: dict[str, Any],
         if cluster is equal:
             plain = best.tokens_per_s
         assert best.tokens_per_s >= plain
+
+
+def test_thousands_of_unequal_devices_in_half_a_second() -> None:
+    """One better of 16 384, and 504 of which no two are alike; processor time, best of three."""
+    one_better = changed(cluster_of(*[("h100",) * 8] * 2048), 5, bf16=1.5)
+    h100 = one_better.machines[0]
+    unlike = tuple(replace(h100, bandwidth=h100.bandwidth * (1 - at / 2000)) for at in range(504))
+    for cluster in (one_better, Cluster("unlike", ("h100",) * 504, unlike)):
+        taken = []
+        for _ in range(3):
+            fresh, started = replace(cluster), time.process_time()
+            assert plan_layout("llama-3-405b", fresh, train=(4096, 8192)).best is not None
+            taken.append(time.process_time() - started)
+        assert min(taken) < 0.5
 
 
 def test_equal_devices_in_unequal_nodes_are_searched_as_equal() -> None:
