@@ -97,7 +97,7 @@ def _compared(choice: "TrainingChoice", speeds: list[float]) -> str:
     if speeds:
         measured = median(speeds[1:] or speeds)
         said += f", measured {measured:.0f} ({measured / predicted - 1:+.0%})"
-    return f"{said}; predicted at {others}"
+    return f"{said}; predicted at {others or 'no other split, as none fits'}"
 
 
 def _named(tensor: int, data: int) -> str:
