@@ -51,6 +51,20 @@ def test_a_refused_prompt_leaves_the_ranks_usable(llm: LLM) -> None:
     assert llm.generate(QUESTIONS[0], SamplingParams(max_tokens=3))[0].text == "The capital of"
 
 
+def test_an_interrupted_answer_is_not_the_next_one(llm: LLM) -> None:
+    """What the ranks still say of it came first, under the numbers of the next call's prompts."""
+    params = SamplingParams(max_tokens=8)
+    before = llm.generate(QUESTIONS, params)
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Tell me a long story of a dragon.", SamplingParams(max_tokens=200))
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert llm.generate(QUESTIONS, params) == before
+
+
 @pytest.mark.parametrize("name", ["max_tokens", "seed", "top_k"])
 def test_what_counts_is_whole(name: str) -> None:
     """Else the ranks would find out, and end."""

@@ -67,7 +67,8 @@ class LLM:
     ) -> list[Completion]:
         """Continue all prompts in one batch, in their order.
 
-        raw: without the chat template; what the tokenizer adds by itself is added.
+        raw: without the chat template; what the tokenizer adds by itself is added. A call that is interrupted leaves
+        its answers to the ranks, which finish them before those of the next call.
 
         Raises:
             UsageError: a prompt is empty, too long, or neither text nor token ids.

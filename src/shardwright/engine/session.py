@@ -54,6 +54,7 @@ class Session:
         self.driver, self.tp = driver, tp
         self._loaded: dict[int, dict[str, Any]] = {}
         self._report: RunReport | None = None
+        self._runs = 0
         while len(self._loaded) < tp:
             message = self._next()
             if "loaded" in message:
@@ -70,14 +71,21 @@ class Session:
         return self._report
 
     def run(self, requests: list[Request]) -> Iterator[NewToken]:
-        """The tokens of all requests as they come; afterwards `report` holds the figures."""
+        """The tokens of all requests as they come; afterwards `report` holds the figures.
+
+        The ranks finish a run that is left before its end, and the next one waits for that.
+        """
         start = first = last = time.monotonic()
-        self.driver.send({"requests": [asdict(request) for request in requests]})
+        self._runs += 1
+        this = self._runs
+        self.driver.send({"run": this, "requests": [asdict(request) for request in requests]})
         finished: dict[int, dict[str, Any]] = {}
         seen: set[int] = set()
         later = 0
         while len(finished) < self.tp:
             message = self._next()
+            if message["run"] != this:
+                continue
             if "finished" in message:
                 finished[message["rank"]] = message["finished"]
                 continue

@@ -1,8 +1,8 @@
 """What a rank does for a driver: load its part of the model, then answer requests until the driver hangs up.
 
-Messages, all JSON. To the ranks: `{"requests": […]}`. From rank 0: `{"progress": [filled, of]}` while loading and
-`{"tokens": [[request, token, finish], …]}` after each step. From every rank: `{"loaded": …}`, then `{"finished": …}`
-when the requests are done.
+Messages, all JSON. To the ranks: `{"run": …, "requests": […]}`. From rank 0: `{"progress": [filled, of]}` while loading
+and `{"run": …, "tokens": [[request, token, finish], …]}` after each step. From every rank: `{"loaded": …}`, then
+`{"run": …, "finished": …}` when the requests are done. A run's number tells a driver which messages are of one it left.
 """
 
 import time
@@ -32,9 +32,10 @@ def serve(group: Group, channel: Channel, path: str, dtype: str | None) -> None:
         while engine.busy:
             tokens = engine.step()
             if group.rank == 0 and tokens:
-                channel.send({"tokens": [[new.number, new.token, new.finish] for new in tokens]})
+                channel.send({"run": message["run"], "tokens": [[new.number, new.token, new.finish] for new in tokens]})
         seconds, waited = time.perf_counter() - start, group.waited_s - waited
-        channel.send({"finished": {"seconds": seconds, "waited_s": waited, "peak_rss": peak_rss()}})
+        finished = {"seconds": seconds, "waited_s": waited, "peak_rss": peak_rss()}
+        channel.send({"run": message["run"], "finished": finished})
 
 
 def _request(message: dict[str, Any]) -> Request:
