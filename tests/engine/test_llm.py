@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ def test_an_interrupted_answer_is_not_the_next_one(llm: LLM) -> None:
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert llm.generate(QUESTIONS, params) == before
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=8)
+    alone = [llm.generate(question, params) for question in QUESTIONS]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda question: llm.generate(question, params), QUESTIONS * 2))
+    assert together == alone * 2
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "seed", "top_k"])

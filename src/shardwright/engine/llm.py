@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self, cast, final
 
@@ -33,7 +34,8 @@ class LLM:
     """A model split over `tp` CPU ranks of this host.
 
     model: a Hugging Face directory or a GGUF file, by default the embedded model · dtype: `float32` or `bfloat16`; by
-    default float32 for GGUF and the file's own for safetensors. Close it, or use it as a context manager.
+    default float32 for GGUF and the file's own for safetensors. Close it, or use it as a context manager. Threads may
+    share it: their calls take turns.
 
     >>> with LLM(tp=2) as llm:
     ...     print(llm.generate(["What is the capital of France?"])[0].text)
@@ -45,6 +47,7 @@ class LLM:
         with ExitStack() as stack:
             job = stack.enter_context(SpawnedJob(tp, "shardwright.engine.worker:serve", [str(self.source.path), dtype]))
             self._session = Session(job, tp, started)
+            self._turn = Lock()
             self._ranks = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -85,10 +88,11 @@ class LLM:
         ]
         generated: list[list[int]] = [[] for _ in requests]
         finishes: dict[int, Finish] = {}
-        for new in self._session.run(requests):
-            generated[new.number].append(new.token)
-            if new.finish:
-                finishes[new.number] = new.finish
+        with self._turn:
+            for new in self._session.run(requests):
+                generated[new.number].append(new.token)
+                if new.finish:
+                    finishes[new.number] = new.finish
         decode = self.source.tokenizer.decode
         return [
             Completion(decode(generated[r.number]), generated[r.number], list(r.tokens), finishes[r.number])
