@@ -106,4 +106,6 @@ def test_a_killed_rank_ends_the_job_with_its_name() -> None:
         llm.generate(QUESTIONS)
     llm.close()
     assert time.monotonic() - start < 5
+    with pytest.raises(RankError, match=r"ended by close\(\).*; start new ones"):
+        llm.generate(QUESTIONS)
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)

@@ -50,6 +50,8 @@ class SpawnedJob:
 
     def send(self, message: Message) -> None:
         """Tell every rank."""
+        if self._channel.fileno() < 0:
+            raise RankError("the ranks were ended by close(), or by leaving their context; start new ones")
         self._channel.send(message)
 
     def receive(self) -> Message | None:
