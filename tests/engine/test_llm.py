@@ -1,6 +1,7 @@
 """`LLM` from Python: batches, reuse, errors of the caller, and ranks that fail."""
 
 import os
+import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,19 @@ def test_what_counts_is_whole(name: str) -> None:
     for value in (2.0, "2", True, None):
         with pytest.raises(UsageError, match=f"{name}={value!r}: it is a whole number"):
             SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p"])
+def test_what_measures_is_a_number(name: str) -> None:
+    for value in ("0.5", True, None, np.float32(0.5), [0.5]):
+        with pytest.raises(UsageError, match=rf"{name}={re.escape(repr(value))}: it is a number"):
+            SamplingParams(**{name: value})
+    assert SamplingParams(**{name: 1}) == SamplingParams(**{name: np.float64(1)})
+
+
+def test_parameters_are_sampling_params(llm: LLM) -> None:
+    with pytest.raises(UsageError, match=r"params=\{'max_tokens': 0\}: they are a SamplingParams"):
+        llm.generate(QUESTIONS, {"max_tokens": 0})  # type: ignore[arg-type]
 
 
 def test_a_missing_model_is_refused_before_a_rank_exists(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from shardwright.comm.spawn import SpawnedJob
 from shardwright.engine.request import Finish, Request, SamplingParams
 from shardwright.engine.session import RunReport, Session
 from shardwright.engine.source import ModelSource
+from shardwright.errors import UsageError
 from shardwright.models.embedded import embedded_model
 
 Prompt = str | Sequence[int]
@@ -74,13 +75,17 @@ class LLM:
         its answers to the ranks, which finish them before those of the next call.
 
         Raises:
-            UsageError: a prompt is empty, too long, or neither text nor token ids.
-            RankError: a rank raised or died; this object is then closed.
+            UsageError: a prompt is empty, too long, or neither text nor token ids; params is no SamplingParams.
+            RankError: a rank raised or died; this object is then closed. Or it was before.
         """
         single = isinstance(prompts, str | bytes) or (
             isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
         )
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
+        if not isinstance(params, SamplingParams | None):
+            raise UsageError(
+                "params", repr(params)[:60], "they are a SamplingParams", "pass SamplingParams(max_tokens=64)"
+            )
         stop = tuple(sorted(self.source.tokenizer.stop_ids))
         requests = [
             Request(number=number, tokens=tuple(ids), params=params or SamplingParams(), stop=stop)

@@ -30,6 +30,9 @@ class SamplingParams:
         for name in ("max_tokens", "seed", "top_k"):
             if type(self.__dict__[name]) is not int:
                 raise UsageError(name, repr(self.__dict__[name]), "it is a whole number", "give an int")
+        for name in ("temperature", "top_p", "min_p"):
+            if isinstance(self.__dict__[name], bool) or not isinstance(self.__dict__[name], int | float):
+                raise UsageError(name, repr(self.__dict__[name]), "it is a number", "give a float")
         if self.max_tokens < 1:
             raise UsageError("max_tokens", self.max_tokens, "a text has at least one token", "try --max-tokens 64")
         if not isfinite(self.temperature) or self.temperature < 0:
