@@ -9,7 +9,7 @@ from shardwright.comm.group import Call, Group
 from shardwright.comm.planned import PlannedGroup
 from shardwright.comm.recording import RecordingGroup
 from shardwright.comm.single import SingleGroup
-from shardwright.errors import CommError, UsageError
+from shardwright.errors import CommError, UnsupportedError, UsageError
 from shardwright.testing.ranks import on_threads
 
 X = torch.zeros(4, 6)
@@ -43,6 +43,19 @@ def test_wrong_arguments_are_named_before_anything_moves(call: Callable[[Group],
     group = PlannedGroup(1, 3)
     with pytest.raises(UsageError, match=message):
         call(group)
+    group.end_step()
+
+
+@pytest.mark.parametrize("make", [lambda: PlannedGroup(1, 3), SingleGroup])
+def test_what_torch_does_not_add_is_not_summed(make: Callable[[], Group]) -> None:
+    """Ranks would find out one by one, and over shared memory the group would be lost."""
+    group = make()
+    for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"):
+        x = X.to(getattr(torch, name))
+        for call in (group.all_reduce, lambda x: group.reduce_scatter(x, 0, [4, 0, 0][: group.size])):
+            with pytest.raises(UnsupportedError, match=rf"x={name} \[4, 6\]: torch does not add {name}; convert"):
+                call(x)
+        assert group.broadcast(x, 0).dtype == x.dtype
     group.end_step()
 
 

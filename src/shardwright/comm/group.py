@@ -137,6 +137,7 @@ class Group(ABC):
         """`all_reduce` under way."""
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
             raise UsageError("out", _kind(out), f"the result is {_kind(x)}", "pass a tensor like x, or leave it out")
+        _check_summed(x)
         return self._issue(self._all_reduce(x.detach(), out, _call("all_reduce", x, tag, f"shape {list(x.shape)}")))
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, tag: str = "") -> Tensor:
@@ -157,6 +158,7 @@ class Group(ABC):
     def reduce_scatter_async(self, x: Tensor, dim: int, sizes: Sequence[int], *, tag: str = "") -> Handle:
         """`reduce_scatter` under way."""
         dim, sizes = self.check_whole(x, dim, sizes)
+        _check_summed(x)
         call = _call("reduce_scatter", x, tag, _cut(x, dim, sizes))
         return self._issue(self._reduce_scatter(x.detach(), dim, sizes, call))
 
@@ -314,6 +316,11 @@ class Group(ABC):
                         "the ranks of a group all pass the same list"
                     )
         return members
+
+
+def _check_summed(x: Tensor) -> None:
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64) or (x.is_floating_point() and x.itemsize == 1):
+        raise UnsupportedError(f"x={_kind(x)}: torch does not add {name_of(x.dtype)}; convert it to a wider type")
 
 
 def sum_in_rank_order(parts: Sequence[Tensor]) -> Tensor:
