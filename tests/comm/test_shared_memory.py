@@ -118,6 +118,29 @@ def check_special_values(group: Group) -> None:
         assert same_bits(group.broadcast(x, 0), x)
 
 
+def check_lazy_values(group: Group) -> None:
+    """Conjugates and negatives, which torch marks and does not compute, are what they say."""
+    n, me = group.size, group.rank
+    z = torch.tensor([[1 + 2j, 3 - 1j], [5 + 4j, 0.5j]])
+    minus, lazy = z.conj()[0, 0].imag, z.conj()
+    assert minus.is_neg()
+    assert lazy.is_conj()
+    assert group.all_reduce(minus).item() == -2 * n
+    assert group.all_reduce(torch.ones_like(minus), out=minus).item() == n == minus.item()
+    assert z[0, 0].item() == complex(1, -n)
+    for x, plain in ((lazy, lazy.resolve_conj()), (lazy.imag, lazy.imag.resolve_neg())):
+        assert torch.equal(group.all_reduce(x), plain * n)
+        assert torch.equal(group.all_gather(x, 0, [2] * n), torch.cat([plain] * n))
+        assert torch.equal(group.reduce_scatter(x, 0, [2] + [0] * (n - 1)), (plain * n)[: 0 if me else 2])
+        assert torch.equal(
+            group.all_to_all(x, [2] + [0] * (n - 1), [0 if me else 2] * n), plain.repeat(0 if me else n, 1)
+        )
+        assert torch.equal(group.broadcast(x, 0), plain)
+        sent = group.send_async(x, (me + 1) % n)
+        assert torch.equal(group.recv([2, 2], x.dtype, (me - 1) % n), plain)
+        sent.wait()
+
+
 def check_alone(group: Group) -> None:
     """A group of one, by a split or by itself, small and large."""
     single = group.split([group.rank])
@@ -146,6 +169,7 @@ def check_collectives(group: Group, seed: int, count: int) -> None:
     check_cases(group, seed, count // 4)  # once more: the same bits
     check_all_reduce_at_edges(group)
     check_special_values(group)
+    check_lazy_values(group)
     check_alone(group)
     check_inference_mode(group)
     group.barrier()

@@ -188,7 +188,7 @@ def fingerprint_of(call: Call) -> int:
 
 def is_plain(x: Tensor) -> bool:
     """Whether compiled code may read and write it by its address."""
-    return x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu
+    return x.dtype == torch.float32 and x.is_contiguous() and x.is_cpu and not x.is_neg()
 
 
 def _pieces(size: int, room: int) -> Iterable[int]:

@@ -138,7 +138,7 @@ class Group(ABC):
         if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
             raise UsageError("out", _kind(out), f"the result is {_kind(x)}", "pass a tensor like x, or leave it out")
         _check_summed(x)
-        return self._issue(self._all_reduce(x.detach(), out, _call("all_reduce", x, tag, f"shape {list(x.shape)}")))
+        return self._issue(self._all_reduce(_values(x), out, _call("all_reduce", x, tag, f"shape {list(x.shape)}")))
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int], *, tag: str = "") -> Tensor:
         """Every rank's `x` joined along `dim` in rank order; `sizes` are the widths of all ranks, zeros allowed."""
@@ -149,7 +149,7 @@ class Group(ABC):
         dim, sizes = self._check_sizes(x, dim, sizes)
         if x.shape[dim] != sizes[self.rank]:
             raise UsageError("x", _kind(x), f"rank {self.rank} hands over {sizes[self.rank]} along dim {dim}", "fix x")
-        return self._issue(self._all_gather(x.detach(), dim, sizes, _call("all_gather", x, tag, _cut(x, dim, sizes))))
+        return self._issue(self._all_gather(_values(x), dim, sizes, _call("all_gather", x, tag, _cut(x, dim, sizes))))
 
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int], *, tag: str = "") -> Tensor:
         """This rank's `sizes[rank]` wide share, along `dim`, of the sum of every rank's `x`."""
@@ -160,7 +160,7 @@ class Group(ABC):
         dim, sizes = self.check_whole(x, dim, sizes)
         _check_summed(x)
         call = _call("reduce_scatter", x, tag, _cut(x, dim, sizes))
-        return self._issue(self._reduce_scatter(x.detach(), dim, sizes, call))
+        return self._issue(self._reduce_scatter(_values(x), dim, sizes, call))
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], *, tag: str = "") -> Tensor:
         """Rows of `x` dealt out: `send[r]` rows go to rank r, `receive[r]` rows come from it, in rank order."""
@@ -173,7 +173,7 @@ class Group(ABC):
         if x.shape[0] != sum(send):
             raise UsageError("send", send, f"x has {x.shape[0]} rows", "deal out each row once")
         call = _call("all_to_all", x, tag, f"rows of {list(x.shape[1:])}")
-        return self._issue(self._all_to_all(x.detach(), send, receive, call))
+        return self._issue(self._all_to_all(_values(x), send, receive, call))
 
     def broadcast(self, x: Tensor, root: int, *, tag: str = "") -> Tensor:
         """The root's `x`, on every rank; the others pass a tensor of its shape and dtype."""
@@ -183,7 +183,7 @@ class Group(ABC):
         """`broadcast` under way."""
         self._check_rank("root", root)
         call = _call("broadcast", x, tag, f"shape {list(x.shape)}, root {root}")
-        return self._issue(self._broadcast(x.detach(), root, call))
+        return self._issue(self._broadcast(_values(x), root, call))
 
     def send(self, x: Tensor, destination: int, *, tag: str = "") -> Tensor:
         """Hand `x` to one rank, which must `recv` it; returns `x` when it may be overwritten."""
@@ -193,7 +193,7 @@ class Group(ABC):
         """`send` under way."""
         self._check_rank("destination", destination)
         call = _call("send", x, tag, f"shape {list(x.shape)}, to rank {destination}")
-        return self._issue(self._send(x.detach(), destination, call))
+        return self._issue(self._send(_values(x), destination, call))
 
     def recv(self, shape: Sequence[int], dtype: torch.dtype, source: int, *, tag: str = "") -> Tensor:
         """The next tensor that `source` sends to this rank. Tensors between two ranks arrive in the order sent."""
@@ -316,6 +316,11 @@ class Group(ABC):
                         "the ranks of a group all pass the same list"
                     )
         return members
+
+
+def _values(x: Tensor) -> Tensor:
+    """`x` without its graph, and with memory that says what it is: torch conjugates and negates lazily."""
+    return x.detach().resolve_conj().resolve_neg()
 
 
 def _check_summed(x: Tensor) -> None:
