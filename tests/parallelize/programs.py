@@ -180,6 +180,8 @@ LEFT: dict[str, tuple[Callable[..., Any], str]] = {
     "overwritten within": (operand_overwritten_within, "may overwrite an operand of matmul"),
     "kept apart": (kept_apart, "its result is read beside copy_, which may change later"),
     "autocast": (half, "linear is of another dtype than its operands"),
+    "integers": (lambda m, x: summed((9 * x).int() @ m.w.int()), "matmul is of int32, which the operator does not"),
+    "complex": (lambda m, x: summed(x * 1j @ m.w.cdouble()), "matmul is of complex128, which the operator does not"),
     "coalesced": (
         lambda m, x: functional.all_reduce_coalesced([x @ m.w, m.linear(x)], "sum", dist.group.WORLD),
         "_c10d_functional.all_reduce_coalesced.default is not a plain all-reduce",

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from shardwright.comm.group import name_of as dtype_name
+from shardwright.kernels.operands import FLOATS
+
 ALL_REDUCE = "_c10d_functional.all_reduce"
 WAIT = "_c10d_functional.wait_tensor.default"
 COPY, COPY_IN_PLACE = "aten.copy.default", "aten.copy_.default"
@@ -104,6 +107,8 @@ def _operands(product: Node) -> Operands | str:
         return f"{product.name} adds {_sizes(bias[0])}, not [n]"
     if {value.dtype for value in (x1, x2, *bias)} != {y.dtype}:
         return f"{product.name} is of another dtype than its operands"
+    if y.dtype not in FLOATS:
+        return f"{product.name} is of {dtype_name(y.dtype)}, which the operator does not multiply"
     return found
 
 
