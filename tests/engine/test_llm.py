@@ -105,6 +105,16 @@ def test_a_missing_model_is_refused_before_a_rank_exists(tmp_path: Path) -> None
         LLM(dtype="int3")
 
 
+def test_closed_while_a_thread_generates() -> None:
+    llm = LLM()
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(llm.generate, "Tell me a long story of a dragon.", SamplingParams(max_tokens=2000))
+        time.sleep(0.5)
+        llm.close()
+        with pytest.raises(RankError, match=r"ended by close\(\)"):
+            under_way.result()
+
+
 def descendants(pid: int) -> list[int]:
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return children + [deeper for child in children for deeper in descendants(child)]

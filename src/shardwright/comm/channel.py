@@ -110,7 +110,7 @@ class Channel:
             chunk = b"" if self.ended else self._socket.recv(1 << 18, flags)
         except BlockingIOError:
             return False
-        except ConnectionResetError:
+        except OSError:  # reset by the other end, or closed here by another thread
             chunk = b""
         self.ended = not chunk
         self._pending += chunk

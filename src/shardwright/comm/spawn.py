@@ -50,14 +50,14 @@ class SpawnedJob:
 
     def send(self, message: Message) -> None:
         """Tell every rank."""
-        if self._channel.fileno() < 0:
-            raise RankError("the ranks were ended by close(), or by leaving their context; start new ones")
+        self._check_open()
         self._channel.send(message)
 
     def receive(self) -> Message | None:
         """The next message of any rank, with its `rank`; None when all have ended. Raises a rank's failure."""
         message = self._channel.receive()
         if message is None:
+            self._check_open()
             code = self._process.wait()
             if code:
                 raise RankError(
@@ -76,6 +76,10 @@ class SpawnedJob:
             self._process.wait(2 * GRACE)
         except subprocess.TimeoutExpired:
             self._kill()
+
+    def _check_open(self) -> None:
+        if self._channel.fileno() < 0:
+            raise RankError("the ranks were ended by close(), or by leaving their context; start new ones")
 
     def _kill(self) -> None:
         self._process.kill()
