@@ -67,10 +67,10 @@ class GroupedAttention(nn.Module, ABC):
         q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = self._normed(q, k)
         q, k = self.turn(q, *rope), self.turn(k, *rope)
-        how, sequences = self.scoring, zip(batch.ranges, kv.extend(batch, k, v), strict=True)
+        how, sequences = self.scoring, zip(batch.split(q), kv.extend(batch, k, v), batch.ranges, strict=True)
         parts = [
             attention(
-                q[start:stop],
+                queries,
                 *past,
                 self.kv_index,
                 how.scale,
@@ -79,7 +79,7 @@ class GroupedAttention(nn.Module, ABC):
                 self.slopes,
                 self._drop(dropout, start),
             )
-            for (start, stop), past in sequences
+            for queries, past, (start, _) in sequences
         ] or [q]
         return torch.cat(parts).reshape(len(q), self.heads * self.head_size)
 

@@ -34,6 +34,10 @@ class Batch:
         positions = torch.cat([torch.arange(length, device=device) for length in (0, *lengths)])
         return cls(tokens, positions, lengths, held=lengths)
 
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows of `x [T, ...]`, sequence by sequence; the gradient of all is one tensor, put together once."""
+        return torch.split(x, list(self.lengths)) if self.lengths else ()
+
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:
         """Start (included) and stop (excluded) of each sequence's rows."""

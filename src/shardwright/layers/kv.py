@@ -27,7 +27,7 @@ class FreshKV(KVStore):
 
     def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
         """The new ones are all there are."""
-        return [(k[start:stop], v[start:stop]) for start, stop in batch.ranges]
+        return list(zip(batch.split(k), batch.split(v), strict=True))
 
 
 @final
