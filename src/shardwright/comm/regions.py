@@ -28,7 +28,7 @@ from shardwright.errors import UnsupportedError
 
 def copy(x: Tensor, group: Group, tag: str = "") -> Tensor:
     """`x` itself; its gradient is the sum of all ranks' gradients."""
-    return _applied(_Copy, x, group, tag)
+    return _applied(_Copy, x, group, tag) if torch.is_grad_enabled() and x.requires_grad else x
 
 
 def reduce(x: Tensor, group: Group, tag: str = "") -> Tensor:
