@@ -72,6 +72,10 @@ def directory(model: str) -> Path:
     return home
 
 
+class PeerError(Exception):
+    """A peer is installed, and does not run here."""
+
+
 @cache
 def measured(peer: str, work: Work, threads: int) -> Result:
     """One process of a peer."""
@@ -89,7 +93,7 @@ def measured(peer: str, work: Work, threads: int) -> Result:
                 start_s = start_s or time.perf_counter() - start - json.loads(line)["all_s"]
                 lines.append(json.loads(line))
     if process.returncode or len(lines) != work.repeat + 1:
-        raise SystemExit(
+        raise PeerError(
             f"{peer} failed with code {process.returncode}; run {' '.join(map(str, command[:2]))} to see why"
         )
     first = statistics.median(line["first_s"] for line in lines[1:])
@@ -98,10 +102,14 @@ def measured(peer: str, work: Work, threads: int) -> Result:
 
 
 def best(peer: str, work: Work, key: str = "rate") -> float | None:
-    """The better figure of one and two threads (rate: larger, seconds: smaller); None where it is not installed."""
+    """The better figure of one and two threads (rate: larger, seconds: smaller); None: it is not there, or fails."""
     if not installed(peer) or (peer == "llama.cpp" and (work.model != "smollm2" or work.sequences > 1)):
         return None
-    found = {threads: getattr(measured(peer, work, threads), key) for threads in THREADS}
+    try:
+        found = {threads: getattr(measured(peer, work, threads), key) for threads in THREADS}
+    except PeerError as error:
+        print(error, file=sys.stderr)
+        return None
     shown = ", ".join(f"{value:.4g} with {threads} thread(s)" for threads, value in found.items())
     print(f"{peer} {work.model} {work.dtype} {key}: {shown}", file=sys.stderr)
     return max(found.values()) if key == "rate" else min(found.values())
