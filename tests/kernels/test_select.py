@@ -8,7 +8,7 @@ import torch
 
 from shardwright.comm.single import SingleGroup
 from shardwright.errors import UnsupportedError
-from shardwright.kernels import attention, matmul_all_reduce, select, siblings
+from shardwright.kernels import attention, cross_entropy, matmul_all_reduce, rms_norm, rotary, select, siblings, swiglu
 from shardwright.kernels.operands import Mode
 
 IMPLEMENTATIONS: dict[str, Any] = {
@@ -17,6 +17,10 @@ IMPLEMENTATIONS: dict[str, Any] = {
     "all_gather_matmul": siblings.GATHER,
     "matmul_reduce_scatter": siblings.SCATTER,
     "matmul_all_reduce_add_rms_norm": siblings.NORM,
+    "rms_norm": rms_norm.IMPLEMENTATIONS,
+    "rotary": rotary.IMPLEMENTATIONS,
+    "swiglu": swiglu.IMPLEMENTATIONS,
+    "cross_entropy": cross_entropy.IMPLEMENTATIONS,
 }
 
 

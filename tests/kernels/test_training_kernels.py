@@ -48,10 +48,12 @@ def test_rotary(heads: int) -> None:
 @pytest.mark.parametrize("shape", [(5, 8), (0, 8), (3, 0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Values bit for bit, with and without a graph; gradients too, being the same products in the same order."""
+    """With and without a graph. Bit for bit, being the same products in the same order, but for float32 on one thread,
+    whose compiled exponential is another one: 4e-7.
+    """
     gate_up = wave(*shape, dtype=dtype) * 3
     y, ours = gradients(swiglu, gate_up)
     expected, theirs = gradients(reference.swiglu, gate_up)
-    assert torch.equal(y, expected)
-    assert torch.equal(swiglu(gate_up), expected)
-    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(swiglu(gate_up), y)
+    other = 1e-6 if dtype == torch.float32 else 0.0
+    torch.testing.assert_close((y, ours[0]), (expected, theirs[0]), rtol=other, atol=other)

@@ -8,6 +8,7 @@ from shardwright import synchronize_gradients
 from shardwright.comm.compression import Method
 from shardwright.comm.group import Call, Group
 from shardwright.comm.recording import RecordingGroup
+from shardwright.kernels import gradients
 from shardwright.layout.partition import Partition
 from shardwright.testing.ranks import on_processes, on_threads
 from shardwright.train.data_parallel import GradientSynchroniser
@@ -170,6 +171,33 @@ def test_half_precision_gradients_add_up_wide() -> None:
     assert one is not None
     torch.testing.assert_close(flat.grad, one * 64, rtol=1e-6, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_begins_by_writing(dtype: torch.dtype) -> None:
+    """`clear`, two backwards, `complete`: what was there is gone, what none reached is zero, as with zeros first.
+
+    torch's own linears make their gradients elsewhere.
+    """
+    model, twin = model_of(dtype), model_of(dtype)
+    for each in (model, twin):
+        each.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=dtype)))
+    ours, theirs = (FlatParameters(dict(each.named_parameters())) for each in (model, twin))
+    ours.grad.fill_(float("nan"))
+    ours.clear()
+    for row in (1, 2):
+        loss_of(model, range(row, row + 1), dtype).backward()
+        loss_of(twin, range(row, row + 1), dtype).backward()
+    ours.complete()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert torch.equal(ours.view(ours.grad, "unused"), torch.zeros(3))
+    for name, parameter in model.named_parameters():
+        if dtype == torch.float32:
+            assert parameter.grad is not None
+            assert parameter.grad.data_ptr() == ours.view(ours.grad, name).data_ptr()
+        else:
+            assert parameter.grad is None
+    assert gradients.withdraw(model.unused) is None  # type: ignore[arg-type]  # nothing is on offer any more
 
 
 def buckets_over_processes(group: Group) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
-from shardwright.kernels.gradients import of_bias, wanted
+from shardwright.kernels.gradients import of_bias, of_weight, wanted
 from shardwright.kernels.siblings import all_gather_matmul
 
 Product = tuple[Tensor, Tensor | None]
@@ -87,7 +87,7 @@ def _of_parameters(
     """Of all weights, then of all biases, as far as needed; x may be missing where no weight's is."""
     count = len(weights)
     inputs = _inputs(x, weights) if x is not None else ()
-    dws = [of_weight(dys[i], inputs[i]) if inputs and needed[i] else None for i in range(count)]
+    dws = [of_weight(dys[i], inputs[i], weights[i]) if inputs and needed[i] else None for i in range(count)]
     return [*dws, *(of_bias(dys[i]) if needed[count + i] else None for i in range(count))]
 
 
@@ -141,8 +141,3 @@ def _halves(parameters: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tenso
     """Weights, and then as many biases."""
     half = len(parameters) // 2
     return parameters[:half], parameters[half:]
-
-
-def of_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """Of `weight [O, I]` in `x @ weight.T`, for all rows of `x [..., I]`."""
-    return dy.flatten(0, -2).T @ x.flatten(0, -2)

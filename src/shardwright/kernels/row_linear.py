@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
-from shardwright.kernels.column_linear import of_weight
+from shardwright.kernels.gradients import of_weight
 
 Term = tuple[Tensor, Tensor]
 """`x [T, I_r]` and `weight [O, I_r]` of one layer."""
@@ -45,4 +45,9 @@ class _UnsummedLinears(torch.autograd.Function):
         if ctx.sizes is not None:
             dy = ctx.group.all_gather(dy.contiguous(), 0, ctx.sizes, tag=f"{ctx.tag}/grad")
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
-        return None, None, None, *(gradient for x, weight in pairs for gradient in (dy @ weight, of_weight(dy, x)))
+        return (
+            None,
+            None,
+            None,
+            *(gradient for x, weight in pairs for gradient in (dy @ weight, of_weight(dy, x, weight))),
+        )

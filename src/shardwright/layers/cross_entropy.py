@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shardwright.comm.group import Group
+from shardwright.kernels.cross_entropy import implementation
 from shardwright.layout.partition import Partition
 
 IGNORED = -1
@@ -31,37 +32,35 @@ def vocab_parallel_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the exponentials less each row's largest logit here, in place of the logits."""
+    """Keeps one tensor of the logits' size: which one is the kernel's business."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, words: tuple[int, int], group: Group, tag: str) -> Tensor:
         wide = _wide(logits)
         here, column = _mine(targets, words)
-        told = wide.new_empty(1, 3, len(wide))
+        told, kept = wide.new_empty(1, 3, len(wide)), wide
         if words[0] == words[1]:  # no words: nothing to the maximum, nothing to the sums
             told.copy_(torch.tensor([-torch.inf, 0, 0])[None, :, None])
-            powers = wide
         else:
-            told[0, 0] = wide.amax(1)
+            ctx.chosen = implementation(wide)
+            told[0, :2], kept = ctx.chosen.forward(wide)
             told[0, 2] = wide.gather(1, column[:, None])[:, 0].masked_fill(~here, 0)
-            powers = (wide - told[0, 0][:, None]).exp_()
-            told[0, 1] = powers.sum(1)
         parts = group.all_gather(told, 0, [1] * group.size, tag=tag)
         largest = parts[:, 0].amax(0)
         total = (parts[:, 1] * (parts[:, 0] - largest).exp()).sum(0)
-        ctx.save_for_backward(powers, targets, (told[0, 0] - largest).exp() / total)
+        ctx.save_for_backward(kept, targets, told[0, :2], (told[0, 0] - largest).exp() / total)
         ctx.words, ctx.dtype = words, logits.dtype
         return (total.log() + largest - parts[:, 2].sum(0)).masked_fill(targets < 0, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        powers, targets, share = ctx.saved_tensors
+        kept, targets, parts, share = ctx.saved_tensors
         here, column = _mine(targets, ctx.words)
         dloss = dloss.masked_fill(targets < 0, 0)
-        dlogits = powers * (share * dloss)[:, None]
-        if dlogits.shape[1]:
-            dlogits.scatter_add_(1, column[:, None], (-dloss).masked_fill(~here, 0)[:, None])
+        if ctx.words[0] == ctx.words[1]:
+            return torch.zeros_like(kept, dtype=ctx.dtype), None, None, None, None
+        dlogits = ctx.chosen.backward(kept, parts, share * dloss, column, dloss.masked_fill(~here, 0))
         return dlogits.to(ctx.dtype), None, None, None, None
 
 

@@ -2,10 +2,10 @@
 
 from typing import final
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from shardwright.comm.group import Group
+from shardwright.kernels.embedding import embedding
 from shardwright.layers.layer import ParallelLayer
 from shardwright.layers.rows import WHOLE, Rows
 from shardwright.layout import sharding
@@ -44,12 +44,11 @@ class VocabParallelEmbedding(_VocabTable):
     def forward(self, ids: Tensor, rows: Rows = WHOLE) -> Tensor:
         """`ids [T]` int64, in 0…V-1 → `x [T, H]`, or this rank's rows of it; an id outside gives zeros."""
         start, stop = self.vocabulary.range(self.group.rank)
-        outside = (ids < start) | (ids >= stop)
         if start == stop:  # still part of the graph: this rank's backward must enter the collectives the others' enter
             found = self.weight.new_zeros(*ids.shape, self.hidden) + self.weight.sum()
         else:
-            found = F.embedding((ids - start).masked_fill(outside, 0), self.weight)
-        return rows.total(found.masked_fill(outside[..., None], 0), self.group, self.name)
+            found = embedding(ids, self.weight, start)
+        return rows.total(found, self.group, self.name)
 
 
 @final

@@ -15,6 +15,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from shardwright.kernels.gradients import offer, withdraw
 from shardwright.layout.partition import Partition
 
 
@@ -56,13 +57,13 @@ class FlatParameters:
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.grad = torch.zeros_like(self.data, dtype=wide)
         self._listeners: list[Callable[[str], None]] = []
+        self._parameters, self._empty = dict(parameters), set(parameters)
         for name, parameter in parameters.items():
             held = self.view(self.data, name)
             held.copy_(parameter.data)
             parameter.data = held
-            if parameter.dtype == wide:
-                parameter.grad = self.view(self.grad, name)
             parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))  # type: ignore[no-untyped-call]
+        self.complete()
 
     @property
     def numel(self) -> int:
@@ -92,9 +93,35 @@ class FlatParameters:
         slot = next((slot for slot in self.slots.values() if slot.start <= at < slot.stop), None)
         return self.numel if slot is None else slot.start + (at - slot.start) // slot.row * slot.row
 
-    def _arrived(self, name: str, parameter: Tensor) -> None:
-        if parameter.dtype != self.grad.dtype and parameter.grad is not None:
-            self.view(self.grad, name).add_(parameter.grad)
+    def clear(self) -> None:
+        """Forget the gradients: the next backward writes, and those after it add. Until `complete`, `grad` is scrap."""
+        self._empty = set(self._parameters)
+        for name, parameter in self._parameters.items():
             parameter.grad = None
+            if parameter.dtype == self.grad.dtype:
+                offer(parameter, self.view(self.grad, name))
+
+    def complete(self) -> None:
+        """Zeros for parameters that no backward has reached since `clear`; from now on each backward adds."""
+        for name in self._empty:
+            parameter = self._parameters[name]
+            withdraw(parameter)
+            self.view(self.grad, name).zero_()
+            self._attach(name, parameter)
+        self._empty = set()
+
+    def _arrived(self, name: str, parameter: Tensor) -> None:
+        """Autograd has a gradient: in its place already, or where it was made."""
+        found, place = parameter.grad, self.view(self.grad, name)
+        withdraw(parameter)
+        if found is not None and found.data_ptr() != place.data_ptr():
+            narrow = parameter.dtype != self.grad.dtype
+            place.add_(found) if narrow and name not in self._empty else place.copy_(found)
+        self._empty.discard(name)
+        self._attach(name, parameter)
         for listener in self._listeners:
             listener(name)
+
+    def _attach(self, name: str, parameter: Tensor) -> None:
+        """Wide parameters see their gradient; others have none of their own."""
+        parameter.grad = self.view(self.grad, name) if parameter.dtype == self.grad.dtype else None

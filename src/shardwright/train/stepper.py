@@ -74,7 +74,7 @@ class Stepper:
 
         Every rank enters, one without sequences too.
         """
-        self.flat.grad.zero_()
+        self.flat.clear()
         compress = self.optimizer.done >= self.uncompressed
         total = torch.zeros((), dtype=torch.float64)
         for at, micro in enumerate(micros):
@@ -85,6 +85,7 @@ class Stepper:
             total += loss.detach()
         if not micros:
             self.synchroniser.begin(compress=compress)
+        self.flat.complete()
         partial = {name: self.flat.view(self.flat.grad, name) for name in self.late}
         sum_partial(partial, self.tables, self.groups.tensor, like=self.flat.grad)
         self.synchroniser.finish()

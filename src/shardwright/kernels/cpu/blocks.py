@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite.binding import get_host_cpu_features
 from numba import njit, types
 
-from shardwright.kernels.cpu.vectors import STEP, exp32, products, widened
+from shardwright.kernels.cpu.vectors import STEP, exp32, largest, products, widened
 
 BLOCK = 1 << 17
 """Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
@@ -157,9 +157,7 @@ def attend(
 @njit(nogil=True)
 def argmax(row: Any) -> Any:
     """Place of the largest value, the first of equal ones: in two passes, as each of them is a loop of vectors."""
-    top = row[0]
-    for i in range(row.size):
-        top = max(top, row[i])
+    top = largest(row)
     for i in range(row.size):
         if row[i] == top:
             return i

@@ -52,12 +52,13 @@ def _float_of(typing: Any, bits: Any) -> Any:
 
 @njit(nogil=True)
 def exp32(x: Any) -> Any:
-    """e^x in float32 to 2e-7 of it, within ±87, and at the nearest of those beyond.
+    """e^x in float32 to 2e-7 of it, within ±87; 0 below, as what a processor finds there takes it long; e^87 above.
 
     Plain arithmetic, so that loops of it become vectors, which loops of the C library's do not: x is n ln 2 + r, e^r a
     polynomial (Cephes' `expf`, Moshier 1992), and n goes into the exponent's bits.
     """
-    x = min(max(x, types.float32(-87.0)), types.float32(87.0))
+    least = types.float32(-87.0)
+    vanishes, x = x < least, min(max(x, least), types.float32(87.0))
     n = np.floor(x * types.float32(1.44269504) + types.float32(0.5))
     r = x - n * types.float32(0.693359375) + n * types.float32(2.12194440e-4)
     p = types.float32(1.9875691500e-4)
@@ -66,7 +67,23 @@ def exp32(x: Any) -> Any:
     p = p * r + types.float32(4.1665795894e-2)
     p = p * r + types.float32(1.6666665459e-1)
     p = p * r + types.float32(5.0000001201e-1)
-    return (p * r * r + r + types.float32(1)) * _float_of((types.int32(n) + types.int32(127)) << types.int32(23))
+    power = (p * r * r + r + types.float32(1)) * _float_of((types.int32(n) + types.int32(127)) << types.int32(23))
+    return types.float32(0) if vanishes else power
+
+
+@njit(fastmath=True, nogil=True)
+def largest(row: Any) -> Any:
+    """The largest of a row's numbers. Lane by lane: of one running maximum the compiler makes no vectors."""
+    tops, whole = np.full(LANES, row[0]), row.size // LANES * LANES
+    for i in range(0, whole, LANES):
+        for lane in range(LANES):
+            tops[lane] = max(tops[lane], row[i + lane])
+    top = tops[0]
+    for lane in range(LANES):
+        top = max(top, tops[lane])
+    for i in range(whole, row.size):
+        top = max(top, row[i])
+    return top
 
 
 def products(rows: int, vectors: int, chains: int) -> Any:
