@@ -40,12 +40,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
-def partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotary` of the first dims of each head, as many as there are angles for; the others stay."""
-    turned = 2 * cos.shape[-1]
-    return torch.cat((rotary(x[..., :turned], cos, sin), x[..., turned:]), -1)
-
-
 def unturned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` itself, where positions are learned; `cos` and `sin` are empty."""
     return x

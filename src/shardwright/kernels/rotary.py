@@ -1,4 +1,4 @@
-"""Rotary embedding for training: the reference's values; turning back is turning by the opposite angle."""
+"""Rotary embedding: the reference's values to rounding; turning back is turning by the opposite angle."""
 
 from typing import Any
 
@@ -18,6 +18,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return _turned(x, cos, sin)
     y: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y
+
+
+def partial_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotary` of the first dims of each head, as many as there are angles for; the others stay."""
+    turned = 2 * cos.shape[-1]
+    return torch.cat((rotary(x[..., :turned], cos, sin), x[..., turned:]), -1)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:

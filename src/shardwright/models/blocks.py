@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.comm.group import Group
-from shardwright.kernels.reference import partial_rotary, rotary, unturned
+from shardwright.kernels.reference import unturned
+from shardwright.kernels.rotary import partial_rotary, rotary
 from shardwright.layers.attention import (
     Attention,
     GroupedAttention,
