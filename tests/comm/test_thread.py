@@ -203,7 +203,10 @@ def test_a_letter_from_a_rank_that_has_left_is_read_and_the_next_one_is_an_error
 
 
 def test_ctrl_c_ends_a_run() -> None:
-    """The interrupt reaches the thread that called `run`; ranks that wait, or look, stop."""
+    """The interrupt reaches the thread that called `run`; ranks that wait, or look, stop.
+
+    Python handles no interrupts where it was started in a shell's background.
+    """
 
     def looks(group: Group) -> None:
         handle = group.all_reduce_async(X)
@@ -217,8 +220,12 @@ def test_ctrl_c_ends_a_run() -> None:
         signal.pthread_kill(ident, signal.SIGINT)
         group.recv((1,), torch.float32, 0)
 
-    with pytest.raises(KeyboardInterrupt):
-        ranks_do(looks, interrupts)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ranks_do(looks, interrupts)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_needs_a_rank() -> None:

@@ -185,5 +185,9 @@ def select_for(kernel: Kernel, x: Tensor, group: Group, elements: int, mode: str
 
 
 def select_local(kernel: Kernel, x: Tensor) -> str:
-    """`select` for an operand like `x`, of a kernel in which nothing moves between ranks."""
-    return select(kernel, x.device.type, x.dtype, mode=ALONE if torch.get_num_threads() == 1 else "*")
+    """`select` for an operand like `x`, of a kernel in which nothing moves between ranks.
+
+    `torch.compile` and `torch.export` are shown torch's operations: of others they would see nothing.
+    """
+    alone = torch.get_num_threads() == 1 and not torch.compiler.is_compiling()
+    return select(kernel, x.device.type, x.dtype, mode=ALONE if alone else "*")

@@ -1,8 +1,11 @@
 """The compiled passes against the reference in float64: widths that fill no vector, strides, nothing, no numbers."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardwright.kernels import cross_entropy, reference, rms_norm, rotary, swiglu
 from shardwright.kernels.cpu import passes
@@ -100,26 +103,38 @@ def test_what_is_no_number_stays_none(at: int, bad: float) -> None:
         assert not found[1].isfinite().all()
 
 
-def test_they_run_where_torch_has_one_thread() -> None:
-    """With several, torch's operations share the work out."""
+@pytest.fixture
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    try:
-        for kernel, module in (
-            ("rms_norm", rms_norm),
-            ("rotary", rotary),
-            ("swiglu", swiglu),
-            ("cross_entropy", cross_entropy),
-        ):
-            torch.set_num_threads(1)
-            assert select_local(kernel, torch.ones(1)) == "compiled"  # type: ignore[arg-type]
-            assert "compiled" in module.IMPLEMENTATIONS
-            for other in (
-                torch.ones(1, dtype=torch.bfloat16),
-                torch.ones(1, dtype=torch.float64),
-                torch.ones(1, device="meta"),
-            ):
-                assert select_local(kernel, other) == "reference"  # type: ignore[arg-type]
-            torch.set_num_threads(2)
-            assert select_local(kernel, torch.ones(1)) == "reference"  # type: ignore[arg-type]
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+MODULES = {"rms_norm": rms_norm, "rotary": rotary, "swiglu": swiglu, "cross_entropy": cross_entropy}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kernel", MODULES)
+def test_they_run_where_torch_has_one_thread(kernel: Any) -> None:
+    """With several, torch's operations share the work out."""
+    assert select_local(kernel, torch.ones(1)) == "compiled"
+    assert "compiled" in MODULES[kernel].IMPLEMENTATIONS
+    for dtype, device in ((torch.bfloat16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")):
+        assert select_local(kernel, torch.ones(1, dtype=dtype, device=device)) == "reference"
+    torch.set_num_threads(2)
+    assert select_local(kernel, torch.ones(1)) == "reference"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_exported_program_has_torchs_operations() -> None:
+    """Where a program is taken down, tensors have no memory to give the address of."""
+
+    class Between(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return swiglu.swiglu(rms_norm.rms_norm(x, weight, 1e-5))
+
+    x, weight = random(3, 8), random(8)
+    with torch.no_grad():
+        exported = torch.export.export(Between(), (x, weight)).module()
+        close(exported(x, weight), Between()(x, weight).double())
