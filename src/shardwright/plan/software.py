@@ -22,9 +22,9 @@ class Software:
     unfused attention moves per score, forward (and again backward) · selective: share of a layer's forward that
     selective recomputation repeats · kept: share of a layer's activations that it keeps · gradient_bytes: of one
     gradient when data-parallel ranks sum · update: bytes that updating a parameter reads and writes, on the rank that
-    owns it; gradient_passes: those of each gradient beside, once a step, and accumulation, each micro-batch · weight_,
-    held_gradient_, optimiser_bytes: what a rank keeps for each parameter, activation_bytes: for each number of the
-    activations · reserved: bytes of context and communication buffers · slack: share of the activations that the
+    owns it; gradient_passes: those of each gradient beside, once a step, and accumulation, each micro-batch but the
+    first · weight_, held_gradient_, optimiser_bytes: what a rank keeps for each parameter, activation_bytes: for each
+    number of the activations · reserved: bytes of context and communication buffers · slack: share of the activations that the
     allocator holds beyond them · dropout: 1 where masks are kept · rails: 1 where a ring uses every adapter of a node,
     0 for one · balanced: 1 where context-parallel ranks share the causal triangle evenly.
     """
