@@ -24,9 +24,9 @@ class Software:
     gradient when data-parallel ranks sum · update: bytes that updating a parameter reads and writes, on the rank that
     owns it; gradient_passes: those of each gradient beside, once a step, and accumulation, each micro-batch but the
     first · weight_, held_gradient_, optimiser_bytes: what a rank keeps for each parameter, activation_bytes: for each
-    number of the activations · reserved: bytes of context and communication buffers · slack: share of the activations that the
-    allocator holds beyond them · dropout: 1 where masks are kept · rails: 1 where a ring uses every adapter of a node,
-    0 for one · balanced: 1 where context-parallel ranks share the causal triangle evenly.
+    number of the activations · reserved: bytes of context and communication buffers · slack: share of the activations
+    that the allocator holds beyond them · dropout: 1 where masks are kept · rails: 1 where a ring uses every adapter of
+    a node, 0 for one · balanced: 1 where context-parallel ranks share the causal triangle evenly.
     """
 
     host: Floats

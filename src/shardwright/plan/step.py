@@ -236,7 +236,9 @@ def _sync(scene: Scene, compute: Floats) -> Floats:
 
 
 def _optimiser(scene: Scene) -> Floats:
-    """The update of what a rank owns, and what is done to all gradients it holds, once a step and each micro-batch but the first."""
+    """The update of what a rank owns, and what is done to all gradients it holds: once a step, and each micro-batch but
+    the first.
+    """
     split, software, parameters = scene.split, scene.software, _parameters(scene)
     owned = parameters / np.where(split.zero > 0, split.dp * split.cp, 1)
     everywhere = software.gradient_passes + software.accumulation * (micro_batches(scene) - 1)
