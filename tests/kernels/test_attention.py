@@ -126,3 +126,25 @@ def test_windows_equal_the_reference(name: str, length: int, held: int, window: 
     found = IMPLEMENTATIONS[name](*tensors(shape), shape[-1], 0.3, window)
     expected = reference.attention(*tensors(shape), shape[-1], 0.3, window)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("cap", [0.0, 0.7])
+@pytest.mark.parametrize("slopes", [(), (0.5, 0.25, 0.125)])
+@pytest.mark.parametrize(("length", "held"), [(5, 5), (2, 6), (1, 4)])
+def test_sequences_alike_are_computed_together(
+    length: int, held: int, window: int, cap: float, slopes: tuple[float, ...]
+) -> None:
+    """As each by itself, gradients too; 1e-12 as kernels may sum in another order."""
+    shape = (length, held, 2, 6, (0, 0, 1))
+    stack = [torch.stack((x, x.cos(), -x)).requires_grad_() for x in tensors(shape)]
+
+    def run(*qkv: Tensor) -> Tensor:
+        return attention(*qkv, shape[-1], 0.3, window, cap, slopes)
+
+    found = run(*stack)
+    expected = torch.stack([run(*each) for each in zip(*stack, strict=True)])
+    weights = torch.arange(found.numel()).double().sin().view(found.shape)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), stack) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

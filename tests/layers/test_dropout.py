@@ -52,6 +52,9 @@ def test_weights_of_attention_have_the_same_mask_however_heads_and_sequences_are
     assert torch.equal(part, whole[1:4])
     moved = Dropout(0.0, seed=1, step=7, first_row=3, attention=0.4).weights(x, "here", 0, (0, 5), 5)
     assert torch.equal(moved, whole)
+    both = Dropout(0.0, seed=1, step=7, attention=0.4).weights(torch.ones(2, 5, 4, 4), "here", 3, (0, 5), 5)
+    second = Dropout(0.0, seed=1, step=7, attention=0.4).weights(x, "here", 3 + 4, (0, 5), 5)
+    assert torch.equal(both, torch.stack((whole, second)))
     assert set(whole.unique().tolist()) == {0.0, torch.tensor(1 / 0.6).item()}
 
 

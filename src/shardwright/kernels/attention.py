@@ -22,15 +22,16 @@ def attention(
     slopes: Sequence[float] = (),
     drop: Drop | None = None,
 ) -> Tensor:
-    """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`.
+    """Causal attention of one sequence: `q [S, N_r, D]`, the last S of L positions, over `k, v [L, K_r, D]`; or of
+    several with the same S and L, of which all tensors have one dim more in front.
 
     window: tokens a position looks back over, itself included; 0 for all, and wherever there are slopes · cap: of the
     scores, by tanh; 0 for none · slopes: of each query head, where positions are biases of scores (`reference.alibi`)
-    · drop: what becomes of the weights `[N_r, S, L]`; where nobody looks back over all keys, L are those looked at.
+    · drop: what becomes of the weights `[..., N_r, S, L]`; where nobody looks back over all keys, L are those looked at.
     """
-    unseen = len(k) - len(q) - window + 1
+    unseen = k.shape[-3] - q.shape[-3] - window + 1
     if window and unseen > 0:  # nobody looks that far back
-        k, v = k[unseen:], v[unseen:]
+        k, v = k[..., unseen:, :, :], v[..., unseen:, :, :]
     mode = "dropped" if drop else "capped" if cap else "plain"
     implementation = select("attention", q.device.type, q.dtype, mode=mode)
     return IMPLEMENTATIONS[implementation](q, k, v, kv_index, scale, window, cap, slopes, drop)
@@ -49,12 +50,12 @@ def _fused(
 ) -> Tensor:
     if cap or drop:
         raise AssertionError("the fused attention caps no scores and drops no weights")
-    grouped = _grouped(kv_index, k.shape[1])
+    grouped = _grouped(kv_index, k.shape[-2])
     if not grouped:
         index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
-        k, v = k.index_select(1, index), v.index_select(1, index)
-    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    length, held = q.shape[0], k.shape[0]
+        k, v = k.index_select(-2, index), v.index_select(-2, index)
+    queries, keys, values = ((x if x.dim() == 4 else x[None]).transpose(1, 2) for x in (q, k, v))
+    length, held = q.shape[-3], k.shape[-3]
     windowed = 0 < window < held
     whole = length == held and not windowed and not slopes
     plain = whole or (length <= 1 and not windowed and not slopes)
@@ -64,7 +65,7 @@ def _fused(
     y = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped
     )
-    return y[0].transpose(0, 1)
+    return y.transpose(1, 2).reshape(q.shape)
 
 
 def _grouped(kv_index: Sequence[int], kv_heads: int) -> bool:

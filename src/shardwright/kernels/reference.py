@@ -62,23 +62,24 @@ def attention(
     slopes: Sequence[float] = (),
     drop: Drop | None = None,
 ) -> Tensor:
-    """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
+    """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`; or
+    of several with the same S and L, of which all tensors have one dim more in front.
 
     kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks. window: how many
     tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`. slopes:
-    see `alibi`. drop: of the weights `[N_r, S, L]`.
+    see `alibi`. drop: of the weights `[..., N_r, S, L]`.
     """
     index = torch.tensor(kv_index, dtype=torch.int64, device=q.device)
-    keys, values = k.index_select(1, index).transpose(0, 1), v.index_select(1, index).transpose(0, 1)
-    scores = q.transpose(0, 1) @ keys.transpose(1, 2) * scale
+    keys, values = (x.index_select(-2, index).transpose(-3, -2) for x in (k, v))
+    scores = q.transpose(-3, -2) @ keys.transpose(-2, -1) * scale
     if cap:
         scores = (scores / cap).tanh() * cap
     if slopes:
         scores = scores + alibi(slopes, k) * scale
-    hidden = ~visible(q.shape[0], k.shape[0], window, q.device)
+    hidden = ~visible(q.shape[-3], k.shape[-3], window, q.device)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1, dtype=_wide(q)).to(q.dtype)
     weights = drop(weights) if drop else weights
-    return (weights @ values).transpose(0, 1)
+    return (weights @ values).transpose(-3, -2)
 
 
 def alibi(slopes: Sequence[float], k: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def alibi(slopes: Sequence[float], k: Tensor) -> Tensor:
 
     Press et al. 2022; rounded to bfloat16, as Falcon was trained and transformers computes it.
     """
-    positions = torch.arange(len(k), device=k.device)
+    positions = torch.arange(k.shape[-3], device=k.device)
     bias = torch.tensor(slopes, dtype=torch.bfloat16, device=k.device)[:, None, None] * positions
     return bias.to(k.dtype)
 

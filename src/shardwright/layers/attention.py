@@ -67,8 +67,8 @@ class GroupedAttention(nn.Module, ABC):
         q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k = self._normed(q, k)
         q, k = self.turn(q, *rope), self.turn(k, *rope)
-        how, sequences = self.scoring, zip(batch.split(q), kv.extend(batch, k, v), batch.ranges, strict=True)
-        parts = [
+        how, width = self.scoring, self.heads * self.head_size
+        found = [
             attention(
                 queries,
                 *past,
@@ -78,13 +78,13 @@ class GroupedAttention(nn.Module, ABC):
                 how.cap,
                 self.slopes,
                 self._drop(dropout, start),
-            )
-            for queries, past, (start, _) in sequences
-        ] or [q]
-        return torch.cat(parts).reshape(len(q), self.heads * self.head_size)
+            ).reshape(stop - start, width)
+            for queries, past, (start, stop) in zip(batch.split(q), kv.extend(batch, k, v), batch.parts, strict=True)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found or [q.reshape(0, width)])
 
     def _drop(self, dropout: Dropout | None, start: int) -> Drop | None:
-        """What becomes of the weights of the sequence whose first row is that one."""
+        """What becomes of the weights of the sequence, or the sequences alike, whose first row is that one."""
         if dropout is None or not dropout.attention:
             return None
         heads = self.qkv.heads.query

@@ -34,9 +34,25 @@ class Batch:
         positions = torch.cat([torch.arange(length, device=device) for length in (0, *lengths)])
         return cls(tokens, positions, lengths, held=lengths)
 
+    @cached_property
+    def alike(self) -> bool:
+        """Whether these are several sequences of one length, all of them whole."""
+        first = self.lengths[0] if len(self.lengths) > 1 else 0
+        return first > 0 and set(self.lengths) == {first} and self.held == self.lengths
+
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The rows of `x [T, ...]`, sequence by sequence; the gradient of all is one tensor, put together once."""
+        """The rows of `x [T, ...]`, sequence by sequence; of sequences that are `alike` one stack, `[sequences, S, ...]`.
+
+        The gradient of all is one tensor, put together once.
+        """
+        if self.alike:
+            return (x.unflatten(0, (len(self.lengths), self.lengths[0])),)
         return torch.split(x, list(self.lengths)) if self.lengths else ()
+
+    @cached_property
+    def parts(self) -> list[tuple[int, int]]:
+        """Start (included) and stop (excluded) of the rows of each part that `split` gives."""
+        return [(0, sum(self.lengths))] if self.alike else self.ranges
 
     @cached_property
     def ranges(self) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, final
 
 import torch
@@ -46,8 +47,9 @@ class Dropout:
 
     @final
     def weights(self, x: Tensor, name: str, offset: int, heads: tuple[int, int], of: int) -> Tensor:
-        """`x [N_r, S, L]`, weights of the query heads from heads[0] to heads[1] (excluded) `of` so many; the sequence's
-        first row is number `offset` of the forward's batch, and its first query sees its first key.
+        """`x [..., N_r, S, L]`, weights of the query heads from heads[0] to heads[1] (excluded) `of` so many; the first row
+        of the sequence, or of sequences end to end, is number `offset` of the forward's batch, and its first query sees
+        its first key.
         """
         draw = partial(self._weights, name=name, offset=offset, heads=heads, of=of)
         return _dropped(x, draw) if self.attention else x
@@ -59,9 +61,10 @@ class Dropout:
         return self._mask(x, name, index, self.p)
 
     def _weights(self, x: Tensor, name: str, offset: int, heads: tuple[int, int], of: int) -> Tensor:
-        head, query, key = (torch.arange(size, device=x.device) for size in x.shape)
-        row = (self.first_row + offset + query) * of
-        index = (row[:, None] + (heads[0] + head)[:, None, None]) * KEYS + key
+        *sequences, held, length, keys = x.shape
+        query = torch.arange(prod(sequences) * length, device=x.device).view(*sequences, 1, length, 1)
+        head, key = (torch.arange(size, device=x.device) for size in (held, keys))
+        index = ((self.first_row + offset + query) * of + (heads[0] + head)[:, None, None]) * KEYS + key
         return self._mask(x, name, index, self.attention)
 
     def _mask(self, x: Tensor, name: str, index: Tensor, p: float) -> Tensor:

@@ -10,7 +10,7 @@ from shardwright.errors import UsageError
 from shardwright.layers.batch import Batch
 
 KeysValues = tuple[Tensor, Tensor]
-"""Keys and values of one sequence, each `[L, K_r, D]`."""
+"""Keys and values of one sequence, each `[L, K_r, D]`, or of sequences alike, `[sequences, S, K_r, D]`."""
 
 
 class KVStore(ABC):
@@ -18,7 +18,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def extend(self, batch: Batch, k: Tensor, v: Tensor) -> list[KeysValues]:
-        """`k, v [T, K_r, D]` of the new tokens → for each sequence its keys and values, new ones included."""
+        """`k, v [T, K_r, D]` of the new tokens → those of each part of `batch.split`, past ones included."""
 
 
 @final
@@ -71,6 +71,8 @@ class PagedKV(KVStore):
         )
         for pages, new in ((self.k, k), (self.v, v)):
             pages.flatten(0, 1).index_copy_(0, slots, new.to(pages.dtype))
+        if batch.alike:  # whole sequences: what was written is all there is to read
+            return list(zip(batch.split(k), batch.split(v), strict=True))
         return [
             (_joined(self.k, table, held).to(k.dtype), _joined(self.v, table, held).to(v.dtype))
             for table, held in zip(batch.tables, batch.held, strict=True)
