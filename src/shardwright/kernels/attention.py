@@ -27,7 +27,7 @@ def attention(
 
     window: tokens a position looks back over, itself included; 0 for all, and wherever there are slopes · cap: of the
     scores, by tanh; 0 for none · slopes: of each query head, where positions are biases of scores (`reference.alibi`)
-    · drop: what becomes of the weights `[..., N_r, S, L]`; where nobody looks back over all keys, L are those looked at.
+    · drop: what becomes of the weights `[..., N_r, S, L]`; where nobody looks back over all keys, L are those seen.
     """
     unseen = k.shape[-3] - q.shape[-3] - window + 1
     if window and unseen > 0:  # nobody looks that far back

@@ -62,8 +62,8 @@ def attention(
     slopes: Sequence[float] = (),
     drop: Drop | None = None,
 ) -> Tensor:
-    """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`; or
-    of several with the same S and L, of which all tensors have one dim more in front.
+    """Causal attention of one sequence, `[S, N_r, D]`: its last S positions look at all L held in `k, v [L, K_r, D]`.
+    Or of several with the same S and L, of which all tensors have one dim more in front.
 
     kv_index: for each query head the KV head it reads, so that groups of any size may straddle ranks. window: how many
     tokens a position looks back over, itself included; 0 for all. cap: scores become `cap * tanh(score / cap)`. slopes:

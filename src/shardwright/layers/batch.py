@@ -41,12 +41,12 @@ class Batch:
         return first > 0 and set(self.lengths) == {first} and self.held == self.lengths
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The rows of `x [T, ...]`, sequence by sequence; of sequences that are `alike` one stack, `[sequences, S, ...]`.
+        """The rows of `x [T, ...]`, sequence by sequence; of sequences `alike` one stack, `[sequences, S, ...]`.
 
         The gradient of all is one tensor, put together once.
         """
         if self.alike:
-            return (x.unflatten(0, (len(self.lengths), self.lengths[0])),)
+            return (x.view(len(self.lengths), self.lengths[0], *x.shape[1:]),)
         return torch.split(x, list(self.lengths)) if self.lengths else ()
 
     @cached_property

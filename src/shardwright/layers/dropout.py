@@ -47,9 +47,9 @@ class Dropout:
 
     @final
     def weights(self, x: Tensor, name: str, offset: int, heads: tuple[int, int], of: int) -> Tensor:
-        """`x [..., N_r, S, L]`, weights of the query heads from heads[0] to heads[1] (excluded) `of` so many; the first row
-        of the sequence, or of sequences end to end, is number `offset` of the forward's batch, and its first query sees
-        its first key.
+        """`x [..., N_r, S, L]`, weights of the query heads from heads[0] to heads[1] (excluded) `of` so many; the first
+        row of the sequence, or of sequences end to end, is number `offset` of the forward's batch, and a sequence's
+        first query sees its first key.
         """
         draw = partial(self._weights, name=name, offset=offset, heads=heads, of=of)
         return _dropped(x, draw) if self.attention else x

@@ -109,8 +109,8 @@ def layer_activations(job: Job, share: work.Share, fused: Floats) -> tuple[Float
     normed = blocks.head_norms * ((1 - grouped) * qkv + (blocks.head_kept - 1) * qk)
     apart = (blocks.turned > 0) | (blocks.head_norms > 0)  # q and k, from what the product gave
     views = np.where(grouped, qkv + apart * qk, 3 * share.heads + (1 - apart) * 2 * share.kv_heads)
-    views = np.where(blocks.scores_kept > 0, 2 * share.heads, views)  # nothing flash: copies by head
-    heads = np.where(fused > 0, qkv + share.heads, views + 2 * share.heads + normed)
+    views = np.where(blocks.scores_kept > 0, 3 * share.heads, views)  # nothing flash: copies by head, joined again
+    heads = np.where(fused > 0, qkv + share.heads, views + share.heads + normed)
     wide = np.where(fused > 0, 2 + share.gated, 1 + 2 * share.gated + blocks.activation_kept) * share.feed_forward
     of_score = np.where(blocks.scores_kept > 0, blocks.scores_kept * width, SCORE_BYTES * (job.training.flash == 0))
     scores = of_score * share.heads * job.training.sequence
