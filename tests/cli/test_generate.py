@@ -167,11 +167,11 @@ def processor_seconds(command: Sequence[str]) -> float:
 
 def test_help_is_quick_and_shows_an_example() -> None:
     """0.3 s is the promise; where the machine is so slow that the command line's library takes nearly that by itself,
-    half of the time is still the library's. torch alone would be five times it.
+    most of the time is still the library's. torch alone would be five times it.
     """
     assert 'shardwright generate --tp 2 "What is the capital of France?"' in run("generate", "--help").stdout
     ours = processor_seconds([SHARDWRIGHT, "generate", "--help"])
-    assert ours < max(0.3, 2 * processor_seconds([sys.executable, "-c", "import typer.rich_utils, typer._adapters"]))
+    assert ours < max(0.3, 1.75 * processor_seconds([sys.executable, "-c", "import typer.rich_utils, typer._adapters"]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

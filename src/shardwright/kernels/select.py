@@ -154,7 +154,7 @@ TABLE: tuple[Choice, ...] = (
     Choice(kernel="attention", implementation="fused", reason=FUSED),
     *_compiled("rms_norm", "0.3"),
     *_compiled("rotary", "0.25"),
-    *_compiled("swiglu", "0.3"),
+    *_compiled("swiglu", "0.35"),
     *_compiled("cross_entropy", "0.7"),
 )
 
