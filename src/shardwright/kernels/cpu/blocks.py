@@ -15,10 +15,6 @@ from shardwright.kernels.cpu.vectors import STEP, exp32, largest, products, wide
 BLOCK = 1 << 17
 """Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
 
-reordered = njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, nogil=True, error_model="numpy")
-"""Sums in another order, but numbers that are none stay so, as `nnan` and `ninf` are missing; a division that is not
-checked for zero, since the check would keep a loop from becoming vectors."""
-
 
 def _meeting(rows: int, vectors: int, chains: int) -> Any:
     """A loop in which that many rows at a time meet that many vectors at a time."""
@@ -91,23 +87,16 @@ def add_row(row: Any, y: Any) -> None:
             y[b, i] += row[i]
 
 
-@reordered
-def norm_row(x: Any, weight: Any, eps: float, y: Any) -> Any:
-    """`y [H] = x / sqrt(mean(x²) + eps) * weight`; what x was multiplied by."""
-    squares = types.float32(0)
-    for i in range(x.size):
-        squares += x[i] * x[i]
-    scale = types.float32(1.0 / sqrt(squares / x.size + eps))
-    for i in range(x.size):
-        y[i] = x[i] * scale * weight[i]
-    return scale
-
-
-@njit(nogil=True)
+@njit(fastmath=True, nogil=True)
 def rms_norm(x: Any, weight: Any, eps: float, y: Any) -> None:
     """`y [B, H] = x / sqrt(mean(x²) + eps) * weight`; weight is float32."""
     for b in range(x.shape[0]):
-        norm_row(x[b], weight, eps, y[b])
+        squares = types.float32(0)
+        for i in range(x.shape[1]):
+            squares += x[b, i] * x[b, i]
+        scale = types.float32(1.0 / sqrt(squares / x.shape[1] + eps))
+        for i in range(x.shape[1]):
+            y[b, i] = x[b, i] * scale * weight[i]
 
 
 @njit(fastmath=True, nogil=True)
@@ -121,20 +110,14 @@ def rotate(cos: Any, sin: Any, heads: Any) -> None:
             heads[h, half + i] = second * cos[i] + first * sin[i]
 
 
-@reordered
-def swiglu_row(gate: Any, up: Any, y: Any) -> None:
-    """`y [F_r] = silu(gate) * up`."""
-    one = types.float32(1)
-    for i in range(y.size):
-        y[i] = gate[i] / (one + exp32(-gate[i])) * up[i]
-
-
-@njit(nogil=True)
+@njit(fastmath=True, nogil=True)
 def swiglu(gate_up: Any, y: Any) -> None:
     """`y [B, F_r] = silu(gate) * up` of `gate_up [B, 2 F_r]`."""
     width = y.shape[1]
     for b in range(y.shape[0]):
-        swiglu_row(gate_up[b, :width], gate_up[b, width:], y[b])
+        for i in range(width):
+            gate = gate_up[b, i]
+            y[b, i] = gate / (types.float32(1) + exp32(-gate)) * gate_up[b, width + i]
 
 
 @njit(fastmath=True, nogil=True)
