@@ -1,7 +1,6 @@
 """Searches: the winner fits and is the best, every loser has its reason, and better machines never make it slower."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.processor_time import SMALLEST, processor_seconds
 from typer.testing import CliRunner
 
 from shardwright.cli.main import app
@@ -88,15 +88,12 @@ def test_the_winner_can_be_run(model: str, cluster: str, train: tuple[int, int])
 
 
 def test_qwen_72b_on_eight_cards_in_half_a_second() -> None:
-    """The aim, process and all, on a quiet machine; here processor time, which neighbours change less, best of five."""
+    """The aim, process and all, on a quiet machine; here processor time, which neighbours change less, best of five.
+    Where the machine is so slow that the smallest program takes more than an eighth of a second, it moves the bound.
+    """
     command = [sys.executable, "-m", "shardwright", "plan", "qwen1.5-72b", "--cluster", "8x910b2", "--json"]
-    taken = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, check=True, timeout=60, capture_output=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(taken) < 0.5
+    ours, library = processor_seconds(command, SMALLEST, tries=5)
+    assert ours < max(0.5, 4 * library)
 
 
 def test_sixteen_thousand_devices_in_half_a_second() -> None:

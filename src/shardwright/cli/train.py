@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -90,6 +89,8 @@ def _split(recipe: "Recipe", tp: str | None) -> "tuple[Recipe, TrainingChoice | 
 
 def _compared(choice: "TrainingChoice", speeds: list[float]) -> str:
     """What was predicted beside what the progress lines said, the first one left out where there are others."""
+    from statistics import median
+
     pair = choice.tensor, choice.data
     predicted = choice.tokens_per_s[pair]
     others = ", ".join(f"{_named(*other)} {s:.0f}" for other, s in choice.tokens_per_s.items() if other != pair)
