@@ -71,3 +71,25 @@ def test_swiglu(width: int) -> None:
     blocks.swiglu(torch.cat((gate, up), 1).numpy(), y)
     exact = torch.nn.functional.silu(gate.double()) * up
     torch.testing.assert_close(torch.from_numpy(y).double(), exact, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("size", [4, 64, 100])
+@pytest.mark.parametrize("first", [0, 1, 8, 13])
+@pytest.mark.parametrize("held", [1, 7, 8, 9, 30])
+def test_attend(held: int, first: int, size: int) -> None:
+    """Windows that begin and end in the middle of pages of 8, which lie in no order; 5 heads over 2 of keys and values.
+
+    2e-6 of the values, which are about 1: scores of some 100 terms, e^x to 2e-7 of it, at most 30 weights.
+    """
+    first = min(first, held - 1)
+    generator = np.random.default_rng(held)
+    q = generator.standard_normal((5, size), np.float32)
+    keys, values = generator.standard_normal((2, 5, 8, 2, size), np.float32)
+    table, kv_index = np.array([3, 0, 4, 1]), np.array([0, 0, 0, 1, 1])
+    scores, y = np.full(held, np.nan, np.float32), np.full((5, size), np.nan, np.float32)
+    blocks.attend(q, keys, values, table, first, held, kv_index, scores, y)
+    for h, k in enumerate(kv_index):
+        seen = slice(first, held)
+        own_keys, own_values = (kv[table].reshape(32, 2, size)[seen, k].astype(np.float64) for kv in (keys, values))
+        weights = np.exp(own_keys @ q[h] / np.sqrt(size))
+        np.testing.assert_allclose(y[h], weights @ own_values / weights.sum(), rtol=0, atol=2e-6)

@@ -15,6 +15,10 @@ from shardwright.kernels.cpu.vectors import STEP, exp32, largest, products, wide
 BLOCK = 1 << 17
 """Elements of the rows that every vector meets before the next rows are read: they stay in the second cache."""
 
+reordered = njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, nogil=True, error_model="numpy")
+"""Sums in another order, but numbers that are none stay so, as `nnan` and `ninf` are missing; a division that is not
+checked for zero, since the check would keep a loop from becoming vectors."""
+
 
 def _meeting(rows: int, vectors: int, chains: int) -> Any:
     """A loop in which that many rows at a time meet that many vectors at a time."""
@@ -87,16 +91,23 @@ def add_row(row: Any, y: Any) -> None:
             y[b, i] += row[i]
 
 
-@njit(fastmath=True, nogil=True)
+@reordered
+def norm_row(x: Any, weight: Any, eps: float, y: Any) -> Any:
+    """`y [H] = x / sqrt(mean(x²) + eps) * weight`; what x was multiplied by."""
+    squares = types.float32(0)
+    for i in range(x.size):
+        squares += x[i] * x[i]
+    scale = types.float32(1.0 / sqrt(squares / x.size + eps))
+    for i in range(x.size):
+        y[i] = x[i] * scale * weight[i]
+    return scale
+
+
+@njit(nogil=True)
 def rms_norm(x: Any, weight: Any, eps: float, y: Any) -> None:
     """`y [B, H] = x / sqrt(mean(x²) + eps) * weight`; weight is float32."""
     for b in range(x.shape[0]):
-        squares = types.float32(0)
-        for i in range(x.shape[1]):
-            squares += x[b, i] * x[b, i]
-        scale = types.float32(1.0 / sqrt(squares / x.shape[1] + eps))
-        for i in range(x.shape[1]):
-            y[b, i] = x[b, i] * scale * weight[i]
+        norm_row(x[b], weight, eps, y[b])
 
 
 @njit(fastmath=True, nogil=True)
@@ -110,14 +121,20 @@ def rotate(cos: Any, sin: Any, heads: Any) -> None:
             heads[h, half + i] = second * cos[i] + first * sin[i]
 
 
-@njit(fastmath=True, nogil=True)
+@reordered
+def swiglu_row(gate: Any, up: Any, y: Any) -> None:
+    """`y [F_r] = silu(gate) * up`."""
+    one = types.float32(1)
+    for i in range(y.size):
+        y[i] = gate[i] / (one + exp32(-gate[i])) * up[i]
+
+
+@njit(nogil=True)
 def swiglu(gate_up: Any, y: Any) -> None:
     """`y [B, F_r] = silu(gate) * up` of `gate_up [B, 2 F_r]`."""
     width = y.shape[1]
     for b in range(y.shape[0]):
-        for i in range(width):
-            gate = gate_up[b, i]
-            y[b, i] = gate / (types.float32(1) + exp32(-gate)) * gate_up[b, width + i]
+        swiglu_row(gate_up[b, :width], gate_up[b, width:], y[b])
 
 
 @njit(fastmath=True, nogil=True)
@@ -129,29 +146,53 @@ def attend(
     keys, values `[pages, page, K_r, D]` · table: the sequence's pages · kv_index `[N_r]` · scores `[held]`: room to
     work. Scores are taken whole before their softmax, so no maximum is corrected on the way.
     """
-    page, size = keys.shape[1], q.shape[1]
-    scale = types.float32(1.0 / sqrt(size))
+    page = keys.shape[1]
+    y[:] = 0
     for h in range(q.shape[0]):
-        k, top = kv_index[h], types.float32(-3.0e38)
-        for t in range(first, held):
-            key, score = keys[table[t // page], t % page, k], types.float32(0)
-            for i in range(size):
-                score += q[h, i] * key[i]
-            scores[t] = score * scale
-            top = max(top, scores[t])
-        total = types.float32(0)
-        for t in range(first, held):
-            scores[t] = exp32(scores[t] - top)
-            total += scores[t]
-        for i in range(size):
-            y[h, i] = 0
-        for t in range(first, held):
-            weight = scores[t]
-            value = values[table[t // page], t % page, k]
-            for i in range(size):
-                y[h, i] += weight * value[i]
-        for i in range(size):
-            y[h, i] /= total
+        k = kv_index[h]
+        for p in range(first // page, -(-held // page)):
+            seen, rows = scores[p * page : held], keys[table[p]]
+            _score(q[h], rows, k, max(first - p * page, 0), min(seen.size, page), seen)
+        _softmax(scores[first:held])
+        for p in range(first // page, -(-held // page)):
+            seen, rows = scores[p * page : held], values[table[p]]
+            _add_weighted(seen, rows, k, max(first - p * page, 0), min(seen.size, page), y[h])
+
+
+@njit(fastmath=True, nogil=True)
+def _score(q: Any, keys: Any, k: int, start: int, stop: int, scores: Any) -> None:
+    """`scores[t] = q [D] · keys[t, k] / sqrt(D)` for tokens of one page, `[page, K_r, D]`."""
+    scale = types.float32(1.0 / sqrt(q.size))
+    for t in range(start, stop):
+        key, score = keys[t, k], types.float32(0)
+        for i in range(q.size):
+            score += q[i] * key[i]
+        scores[t] = score * scale
+
+
+@reordered
+def _softmax(scores: Any) -> None:
+    top, total = largest(scores), types.float32(0)
+    for t in range(scores.size):
+        scores[t] = exp32(scores[t] - top)
+        total += scores[t]
+    for t in range(scores.size):
+        scores[t] /= total
+
+
+@njit(fastmath=True, nogil=True)
+def _add_weighted(weights: Any, values: Any, k: int, start: int, stop: int, y: Any) -> None:
+    """`y [D] += sum weights[t] * values[t, k]` of one page's tokens, four at a time: `y` is read and written less."""
+    whole = start + (stop - start) // 4 * 4
+    for t in range(start, whole, 4):
+        v0, v1, v2, v3 = values[t, k], values[t + 1, k], values[t + 2, k], values[t + 3, k]
+        for i in range(y.size):
+            first, second = weights[t] * v0[i] + weights[t + 1] * v1[i], weights[t + 2] * v2[i] + weights[t + 3] * v3[i]
+            y[i] += first + second
+    for t in range(whole, stop):
+        value = values[t, k]
+        for i in range(y.size):
+            y[i] += weights[t] * value[i]
 
 
 @njit(nogil=True)

@@ -2,19 +2,18 @@
 
 For float32 rows, contiguous unless said otherwise, given by their addresses. torch makes each operation a pass over
 memory, and a fresh tensor; here a row is read once, stays in the first cache while all is done to it, and is written
-once. Sums may be reordered, but numbers that are none stay so (no `nnan` or `ninf` among the flags): a run's guards
-look for them.
+once. Sums may be reordered, but numbers that are none stay so (`blocks.reordered`): a run's guards look for them.
 """
 
-from math import sqrt
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 
 from shardwright.comm.atomics import pointer_to
 from shardwright.comm.compiled import compiled
+from shardwright.kernels.cpu.blocks import norm_row, reordered, swiglu_row
 from shardwright.kernels.cpu.vectors import exp32, largest
 
 STRETCH = 32
@@ -22,21 +21,9 @@ STRETCH = 32
 
 _floats_at = pointer_to(types.float32, ir.FloatType())
 _words_at = pointer_to(types.int64, ir.IntType(64))
-_reordered = njit(fastmath={"reassoc", "contract", "arcp", "nsz"}, nogil=True, error_model="numpy")
 
 
-@_reordered
-def _norm_row(x: Any, weight: Any, eps: float, y: Any) -> Any:
-    squares = types.float32(0)
-    for i in range(x.size):
-        squares += x[i] * x[i]
-    scale = types.float32(1.0 / sqrt(squares / x.size + eps))
-    for i in range(x.size):
-        y[i] = x[i] * scale * weight[i]
-    return scale
-
-
-@_reordered
+@reordered
 def _norm_row_back(x: Any, scale: Any, weight: Any, dy: Any, dx: Any, sums: Any) -> None:
     along = types.float32(0)
     for i in range(x.size):
@@ -48,14 +35,7 @@ def _norm_row_back(x: Any, scale: Any, weight: Any, dy: Any, dx: Any, sums: Any)
         sums[i] += through * x[i]
 
 
-@_reordered
-def _swiglu_row(gate: Any, up: Any, y: Any) -> None:
-    one = types.float32(1)
-    for i in range(y.size):
-        y[i] = gate[i] / (one + exp32(-gate[i])) * up[i]
-
-
-@_reordered
+@reordered
 def _swiglu_row_back(gate: Any, up: Any, dy: Any, dgate: Any, dup: Any) -> None:
     one = types.float32(1)
     for i in range(dy.size):
@@ -65,14 +45,14 @@ def _swiglu_row_back(gate: Any, up: Any, dy: Any, dgate: Any, dup: Any) -> None:
         dup[i] = dy[i] * silu
 
 
-@_reordered
+@reordered
 def _turn(first: Any, second: Any, cos: Any, sin: Any, sign: Any, y: Any, z: Any) -> None:
     for i in range(cos.size):
         y[i] = first[i] * cos[i] - second[i] * (sign * sin[i])
         z[i] = second[i] * cos[i] + first[i] * (sign * sin[i])
 
 
-@_reordered
+@reordered
 def _exponentials(row: Any, top: Any) -> Any:
     total = types.float32(0)
     for i in range(row.size):
@@ -80,7 +60,7 @@ def _exponentials(row: Any, top: Any) -> Any:
     return total
 
 
-@_reordered
+@reordered
 def _shares(row: Any, top: Any, factor: Any, drow: Any) -> None:
     for i in range(row.size):
         drow[i] = exp32(row[i] - top) * factor
@@ -93,7 +73,7 @@ def rms_norm(x: int, weight: int, eps: float, rows: int, width: int, y: int, sca
     for b in range(rows):
         at = 4 * width * b
         row, out = carray(_floats_at(x + at), (width,)), carray(_floats_at(y + at), (width,))
-        found[b] = _norm_row(row, weights, eps, out)
+        found[b] = norm_row(row, weights, eps, out)
 
 
 @compiled("void(int64, int64, int64, int64, int64, int64, int64, int64)")
@@ -118,7 +98,7 @@ def swiglu(gate_up: int, rows: int, width: int, y: int) -> None:
     for b in range(rows):
         at = gate_up + 8 * width * b
         gate, up = carray(_floats_at(at), (width,)), carray(_floats_at(at + 4 * width), (width,))
-        _swiglu_row(gate, up, carray(_floats_at(y + 4 * width * b), (width,)))
+        swiglu_row(gate, up, carray(_floats_at(y + 4 * width * b), (width,)))
 
 
 @compiled("void(int64, int64, int64, int64, int64)")
