@@ -2,11 +2,13 @@
 
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from shardwright.comm.group import Group
+from shardwright.comm.segment import SLOT
 from shardwright.comm.single import SingleGroup
 from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
@@ -59,11 +61,10 @@ def check_steps(group: Group, changes: dict[str, Any], dtype: str) -> None:
             held = tuple(n + step + 1 for n in HELD)
             batch = Batch(torch.tensor([5, 1, 7]), torch.tensor(held) - 1, (1, 1, 1), held, tables)
             tables = (tables[0], (1, 7), tables[2])  # the second sequence's page is full after one more token
-            assert compiled.fits(batch)
-            (logits, likeliest), expected = compiled(batch), twin(batch, theirs)
+            (logits, found), expected = compiled([5, 1, 7], held, tables), twin(batch, theirs)
             # exact: both take the lowest of the largest of the same float32 values
             whole = group.all_gather(logits, 1, model.cuts.vocabulary.widths)
-            assert likeliest == whole.argmax(-1).tolist()
+            assert found == whole.argmax(-1, keepdim=True).tolist()
             if expected.numel():
                 assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()
     group.end_step()
@@ -79,6 +80,37 @@ def check_every_variant(group: Group) -> None:
     for changes in VARIANTS.values():
         for dtype in ("float32", "bfloat16"):
             check_steps(group, changes, dtype)
+
+
+def check_several_at_once(group: Group) -> None:
+    """Tokens of one call equal those of as many calls, exactly: it is the same arithmetic in the same order. A stop or
+    the given number ends the call for all sequences, on every rank behind the same token.
+    """
+    model = Decoder(tiny_config(tied=True), group)
+    for parameter in model.parameters():
+        parameter.data.mul_(5)
+    with torch.inference_mode():
+        (kv, tables), (theirs, _) = prefilled(model), prefilled(model)
+        compiled, alone = CompiledStep(model, kv), CompiledStep(model, theirs)
+        tables, held, newest = (tables[0], (1, 7), tables[2]), [n + 1 for n in HELD], [5, 1, 7]
+        by_one = []
+        for step in range(2):
+            logits, found = alone(newest, [n + step for n in held], tables)
+            newest = [tokens[-1] for tokens in found]
+            by_one.append(newest)
+        last, together = compiled([5, 1, 7], held, tables, most=2)
+        assert together == [list(tokens) for tokens in zip(*by_one, strict=True)]
+        assert torch.equal(last, logits)
+        stop = by_one[0][1]
+        assert compiled([5, 1, 7], held, tables, most=2, stops={stop})[1] == [[token] for token in by_one[0]]
+        with patch("shardwright.models.compiled.PIECE", 0):  # no time is left behind the first
+            assert compiled([5, 1, 7], held, tables, most=2)[1] == [[token] for token in by_one[0]]
+    group.end_step()
+
+
+def test_several_tokens_of_one_call(three_processes: Processes) -> None:
+    check_several_at_once(SingleGroup())
+    three_processes.run(check_several_at_once)
 
 
 def check_parts_then_whole(group: Group) -> None:
@@ -120,12 +152,11 @@ def test_what_it_lacks_is_said(said: str, changes: dict[str, Any]) -> None:
 
 
 def test_what_it_does_not_take() -> None:
-    """Half types other than bfloat16, prefill chunks, rows that nobody asked for."""
+    """Half types other than bfloat16, more sequences than a slot holds rows."""
     model = Decoder(tiny_config(), SingleGroup())
     assert obstacle(model) is None
     assert obstacle(Decoder(tiny_config(), SingleGroup()).half()) == "float16 weights"
     step = CompiledStep(model, [PagedKV(PAGE, 2, 4, torch.float32, pages=1) for _ in range(2)])
-    one, two = torch.tensor([1]), torch.tensor([1, 2])
-    assert step.fits(Batch(one, one, (1,), (2,), ((0,),)))
-    assert not step.fits(Batch(two, two, (2,), (3,), ((0,),)))
-    assert not step.fits(Batch(one, one, (1,), (2,), ((0,),), rows=torch.empty(0, dtype=torch.int64)))
+    rows = SLOT // (4 * model.config.hidden)
+    assert step.fits(rows)
+    assert not step.fits(rows + 1)

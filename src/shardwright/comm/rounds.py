@@ -145,7 +145,7 @@ def all_reduce_float32(state: Any, fingerprint: int, x: int, out: int, n: int) -
 
 
 @njit("int64(int64[::1])", nogil=True)
-def _now(state: Any) -> int:
+def now(state: Any) -> int:
     """The monotonic clock, in nanoseconds."""
     _clock_gettime(1, state.ctypes.data + 8 * CLOCK)
     return state[CLOCK] * 1_000_000_000 + state[CLOCK + 1]
@@ -164,13 +164,13 @@ def finish(state: Any, fingerprint: int, patience: int) -> int:
 
     patience: how often a wait that gives `AGAIN` is taken up again, about a tenth of a second each.
     """
-    start = _now(state)
+    start = now(state)
     post(state, fingerprint)
     code = await_all(state, fingerprint, SLEEPS)
     while code == AGAIN and patience > 0:
         patience -= 1
         code = await_all(state, fingerprint, SLEEPS)
-    state[WAITED] += _now(state) - start
+    state[WAITED] += now(state) - start
     return code
 
 

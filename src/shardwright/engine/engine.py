@@ -46,25 +46,32 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[NewToken]:
-        """Compute one batch; the new tokens, at most one a request."""
+        """Compute one batch; the new tokens, request by request: one of each, or several where decoding is compiled."""
         chunks = self.scheduler.schedule()
         if self.scheduler.pages_needed > self.kv[0].pages:
             for store in self.kv:
                 store.grow(self.scheduler.pages_needed)
-        batch = batch_of(chunks)
-        tokens = self._next(batch, [chunk.sequence for chunk in chunks if chunk.complete])
+        tokens = self._next(chunks, [chunk.sequence for chunk in chunks if chunk.complete])
         self.model.group.end_step()
         return self.scheduler.commit(chunks, tokens)
 
-    def _next(self, batch: Batch, complete: list[Sequence]) -> list[int]:
-        """Compute the batch; the next token of each sequence that is complete in it."""
-        if self.compiled and self.compiled.fits(batch):
-            logits, likeliest = self.compiled(batch)
-            if greedy(complete):
-                return likeliest
+    def _next(self, chunks: list[Chunk], complete: list[Sequence]) -> list[list[int]]:
+        """Compute the chunks; the next tokens of each sequence that is complete in them."""
+        if self.compiled and self.compiled.fits(len(chunks)) and all(c.complete and c.length == 1 for c in chunks):
+            likeliest = greedy(complete)
+            logits, found = self.compiled(
+                [sequence.tokens[-1] for sequence in complete],
+                [len(sequence.tokens) for sequence in complete],
+                [sequence.pages for sequence in complete],
+                min(map(self.scheduler.undecided, complete)) if likeliest else 1,
+                {token for sequence in complete for token in sequence.request.stop},
+            )
+            if likeliest:
+                return found
         else:
-            logits = self.model(batch, self.kv)
-        return sample(logits, complete, self.model.cuts.vocabulary, self.model.group) if complete else []
+            logits = self.model(batch_of(chunks), self.kv)
+        cut = self.model.cuts.vocabulary
+        return [[token] for token in sample(logits, complete, cut, self.model.group)] if complete else []
 
 
 def _compiled_step(model: Decoder, kv: list[PagedKV]) -> "CompiledStep":

@@ -63,12 +63,27 @@ class Scheduler:
                 left -= length
         return chunks
 
-    def commit(self, chunks: list[Chunk], sampled: list[int]) -> list[NewToken]:
-        """Record a step: its chunks are computed, and each complete one has got its token, in order."""
+    def undecided(self, sequence: Sequence) -> int:
+        """How many tokens it may get before there is anything to decide: a page, its end (stops apart), a restart."""
+        known = len(sequence.tokens)
+        room = len(sequence.pages) * self.page - sequence.computed
+        left = min(self.context - known, sequence.request.params.max_tokens - sequence.generated)
+        again = self.restart + 1 - known if self.restart is not None and known <= self.restart else left
+        return max(1, min(room, left, again))
+
+    def commit(self, chunks: list[Chunk], found: list[list[int]]) -> list[NewToken]:
+        """Record a step: its chunks are computed, and each complete one has got its tokens, in order.
+
+        Of several all but the last are computed too, and leave nothing to decide.
+        """
         for chunk in chunks:
             chunk.sequence.computed += chunk.length
         complete = [c.sequence for c in chunks if c.sequence.computed == len(c.sequence.tokens)]
-        return [self._append(sequence, token) for sequence, token in zip(complete, sampled, strict=True)]
+        new = []
+        for sequence, tokens in zip(complete, found, strict=True):
+            sequence.computed += len(tokens) - 1
+            new += [self._append(sequence, token) for token in tokens]
+        return new
 
     def _append(self, sequence: Sequence, token: int) -> NewToken:
         sequence.tokens.append(token)

@@ -1,10 +1,11 @@
-"""The decode step of a decoder as one compiled call, assembled from the layers that the decoder is made of.
+"""Decoding as one compiled call, assembled from the layers that a decoder is made of.
 
 Each layer contributes the addresses of its tensors; the arithmetic is `kernels.cpu.decode`'s. Used where every sequence
-of a batch advances by one token; anything else takes the torch path, which computes the same. `models.execution` says
-which models have one.
+of a batch advances token by token; anything else takes the torch path, which computes the same. `models.execution` says
+which models have it.
 """
 
+from collections.abc import Collection, Sequence
 from typing import final
 
 import numpy as np
@@ -17,17 +18,21 @@ from shardwright.comm.segment import SLOT
 from shardwright.comm.shared_memory import SharedMemoryGroup, alone, tag_fingerprint
 from shardwright.kernels.cpu import decode
 from shardwright.layers.attention import Attention, HeadNormAttention
-from shardwright.layers.batch import Batch
 from shardwright.layers.kv import PagedKV
 from shardwright.layers.mlp import SwiGLU
 from shardwright.layers.rotary import Rotary
 from shardwright.models.blocks import DecoderLayer
 from shardwright.models.decoder import Decoder
 
+PIECE = 62_500_000
+"""Nanoseconds that a call takes at most, unless a single token takes longer: text comes 16 times a second, or token by
+token. What a token costs besides its step (Python whose caches the weights have swept, a message that wakes two other
+processes) is nearly a millisecond, and paid once a call."""
+
 
 @final
 class CompiledStep:
-    """One token of each sequence. Holds addresses of the model's tensors, so the model must not be moved or cast."""
+    """New tokens of each sequence. Holds addresses of the model's tensors, so the model must not be moved or cast."""
 
     def __init__(self, model: Decoder, kv: list[PagedKV]) -> None:
         self.model, self.kv = model, kv
@@ -65,37 +70,51 @@ class CompiledStep:
         self._pages: Tensor | None = None
         self._room = np.empty(0, np.float32)
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """Logits `[B, V_r]` and the likeliest next tokens of a batch in which every sequence has one new token.
+    def __call__(
+        self,
+        tokens: Sequence[int],
+        held: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        most: int = 1,
+        stops: Collection[int] = (),
+    ) -> tuple[Tensor, list[list[int]]]:
+        """Logits `[B, V_r]` and for each sequence the tokens that follow its newest, each time the likeliest.
 
-        The next call overwrites the logits.
+        tokens: the newest of each · held: how many it has with that one · tables: its KV pages, with room for `most`
+        tokens from the newest on. All sequences get as many: `most`, or fewer where one of `stops` comes or time is up
+        (`PIECE`). The logits are those behind the last token's; the next call overwrites them.
         """
-        model, count = self.model, len(batch.tokens)
+        model, count = self.model, len(tokens)
         if self._pages is not self.kv[0].k:
             self._find_pages()
-        logits = count * int(self._dims[decode.WORDS])
-        wanted = logits + decode.room_needed(self._dims, count, max(batch.held))
+        logits, longest = count * int(self._dims[decode.WORDS]), max(held) + most
+        wanted = logits + decode.room_needed(self._dims, count, longest)
         if len(self._room) < wanted:
             self._room = np.empty(2 * wanted, np.float32)
-        if len(self._angles) < max(batch.held):
-            self._turn_to(2 * max(batch.held))
-        tokens, positions = batch.tokens.numpy().copy(), batch.positions.numpy()
+        if len(self._angles) < longest:
+            self._turn_to(2 * longest)
+        found, lengths = np.empty((1 + most, count), np.int64), np.array(held)
+        found[0] = tokens
         before = int(self._group.state[WAITED])
-        code = decode.decode_step(
+        code = decode.decode(
             self._group.state,
             self._plan,
             self._dims,
             model.config.norm_eps,
-            tokens,
-            self._angles[positions],
-            self._places(batch),
+            self._angles,
+            _padded(tables),
+            lengths,
+            np.array(list(stops), np.int64),
+            PIECE,
             self._room[logits:],
             self._room[:logits].reshape(count, -1),
+            found,
         )
         model.group.spent(1e-9 * (int(self._group.state[WAITED]) - before))
         if code != DONE:
-            self._group.explain(code, "a compiled decode step")
-        return torch.from_numpy(self._room[:logits].reshape(count, -1)), tokens.tolist()
+            self._group.explain(code, "compiled decoding")
+        made = int(lengths[0]) - held[0]
+        return torch.from_numpy(self._room[:logits].reshape(count, -1)), found[1 : 1 + made].T.tolist()
 
     def _turn_to(self, positions: int) -> None:
         """Know the angles of that many positions."""
@@ -108,20 +127,9 @@ class CompiledStep:
             row[[decode.KEYS, decode.VALUES]] = store.k.data_ptr(), store.v.data_ptr()
         self._pages = self.kv[0].k
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether this is one new token of each sequence, all to be sampled from, few enough for the ranks' slots."""
-        size = len(batch.tokens) * self.model.config.hidden * 4
-        wanted = batch.rows is None or len(batch.rows) == len(batch.tokens)
-        return wanted and size <= SLOT and all(length == 1 for length in batch.lengths)
-
-    def _places(self, batch: Batch) -> NDArray[np.int64]:
-        """For each sequence: tokens held, slot of the new one, pages."""
-        page = int(self._dims[decode.PAGE])
-        places = np.zeros((len(batch.tables), 2 + max(map(len, batch.tables))), np.int64)
-        for row, table, held in zip(places, batch.tables, batch.held, strict=True):
-            row[:2] = held, table[(held - 1) // page] * page + (held - 1) % page
-            row[2 : 2 + len(table)] = table
-        return places
+    def fits(self, sequences: int) -> bool:
+        """Whether so many are few enough for the ranks' slots."""
+        return 4 * sequences * self.model.config.hidden <= SLOT
 
     def _describe(self, row: NDArray[np.int64], layer: nn.Module) -> None:
         assert isinstance(layer, DecoderLayer)
@@ -148,3 +156,11 @@ class CompiledStep:
         """The address of a small tensor as float32, kept alive here."""
         self._packed.append(parameter.detach().float().contiguous())
         return self._packed[-1].data_ptr()
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """One row a sequence, zeros behind the shorter ones."""
+    rows = np.zeros((len(tables), max(map(len, tables))), np.int64)
+    for row, table in zip(rows, tables, strict=True):
+        row[: len(table)] = table
+    return rows

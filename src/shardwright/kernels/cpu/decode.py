@@ -1,4 +1,4 @@
-"""One decode step of a whole decoder, compiled: from B tokens to logits, collectives included.
+"""Decoding by a whole decoder, compiled: from B tokens to logits and to the tokens that follow, collectives included.
 
 It is the blocks in the decoder's order, over addresses that `models.compiled` collects from the layers. Weights are
 float32, or bfloat16 as its bits; values, norms, biases and KV pages are float32 in both.
@@ -12,7 +12,7 @@ from numba import carray, njit, types
 
 from shardwright.comm.atomics import pointer_to
 from shardwright.comm.compiled import compiled
-from shardwright.comm.rounds import DONE, RANKS, begin, finish, finish_adding_float32, slot_of
+from shardwright.comm.rounds import DONE, RANKS, begin, finish, finish_adding_float32, now, slot_of
 from shardwright.kernels.cpu.blocks import add_row, argmax, attend, copy_row, matvec, rms_norm, rotate, swiglu
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, SIZE, FEED_FORWARD, FIRST_WORD, WORDS, PAGE, HALF, KV_INDEX = range(11)
@@ -30,10 +30,10 @@ FINAL_NORM, LOGITS, EMBEDDING, EMBEDDING_CALL, TOKEN_CALL = range(5)
 that fetch embeddings and find the likeliest tokens."""
 
 SIGNATURE = (
-    "int64(int64[::1], int64[:, ::1], int64[::1], float64, int64[::1], float32[:, :, ::1], int64[:, ::1], "
-    "float32[::1], float32[:, ::1])"
+    "int64(int64[::1], int64[:, ::1], int64[::1], float64, float32[:, :, ::1], int64[:, ::1], int64[::1], "
+    "int64[::1], int64, float32[::1], float32[:, ::1], int64[:, ::1])"
 )
-"""Given beforehand, so that importing this file compiles the step, or loads it, and no rank ever does."""
+"""Given beforehand, so that importing this file compiles the loop, or loads it, and no rank ever does."""
 
 PATIENCE = 300
 """Waits of a tenth of a second before a step gives up, and Python looks at who is missing."""
@@ -66,19 +66,19 @@ def _normed(address: int, eps: float, x: Any, y: Any) -> None:
 
 
 @njit(nogil=True)
-def _heads(row: Any, dims: Any, eps: float, angles: Any, places: Any, qkv: Any, scores: Any, y: Any) -> None:
-    """One sequence's token: norms and turns q and k, stores k and v, attends. `places`: held, slot, then its pages."""
+def _heads(row: Any, dims: Any, eps: float, angles: Any, table: Any, held: int, qkv: Any, scores: Any, y: Any) -> None:
+    """One sequence's token, the last of `held`: norms and turns q and k, stores k and v in its pages, attends."""
     n, k, size, page = dims[HEADS], dims[KV_HEADS], dims[SIZE], dims[PAGE]
-    heads, held, slot, table = qkv.reshape((n + 2 * k, size)), places[0], places[1], places[2:]
+    heads, at, place = qkv.reshape((n + 2 * k, size)), table[(held - 1) // page], (held - 1) % page
     if row[Q_NORM]:
         _normed(row[Q_NORM], eps, heads[:n], heads[:n])
         _normed(row[K_NORM], eps, heads[n : n + k], heads[n : n + k])
-    rotate(angles[0], angles[1], heads[: n + k])
+    rotate(angles[held - 1, 0], angles[held - 1, 1], heads[: n + k])
     pages = (1 << 40) // (page * k * size + 1)  # carray wants a length; the table keeps to the pages there are
     keys = carray(_float32_at(row[KEYS]), (pages, page, k, size))
     values = carray(_float32_at(row[VALUES]), (pages, page, k, size))
-    keys[slot // page, slot % page] = heads[n : n + k]
-    values[slot // page, slot % page] = heads[n + k :]
+    keys[at, place] = heads[n : n + k]
+    values[at, place] = heads[n + k :]
     first = max(held - row[WINDOW], 0) if row[WINDOW] else 0
     attend(heads[:n], keys, values, table, first, held, dims[KV_INDEX:], scores, y.reshape((n, size)))
 
@@ -110,10 +110,14 @@ def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any
 
 
 @njit(nogil=True)
-def _likeliest(state: Any, last: Any, dims: Any, logits: Any, tokens: Any) -> int:
-    """`tokens [B]` = the words of the largest logits over all ranks, the lowest of equal ones."""
+def _likeliest(state: Any, last: Any, dims: Any, logits: Any, over: bool, tokens: Any) -> Any:
+    """`tokens [B]` = the words of the largest logits over all ranks, the lowest of equal ones.
+
+    Gives a wait's code, and whether rank 0 found that it is `over`: all ranks go by one clock.
+    """
     count = len(tokens)
-    mine = carray(_float64_at(begin(state)), (count, 2))
+    mine = carray(_float64_at(begin(state)), (count + 1, 2))
+    mine[count, 0] = over
     for s in range(count):
         mine[s, 0] = -np.inf
         if dims[WORDS]:
@@ -121,34 +125,30 @@ def _likeliest(state: Any, last: Any, dims: Any, logits: Any, tokens: Any) -> in
             mine[s, 0], mine[s, 1] = logits[s, place], dims[FIRST_WORD] + place
     code = finish(state, last[TOKEN_CALL] + count, PATIENCE)
     if code != DONE:
-        return code
+        return code, True
     for s in range(count):
         top = -np.inf
         for rank in range(state[RANKS]):
             offer = carray(_float64_at(slot_of(state, rank)), (count, 2))[s]
             if offer[0] > top:
                 top, tokens[s] = offer[0], int(offer[1])
-    return DONE
+    return DONE, carray(_float64_at(slot_of(state, 0)), (count + 1, 2))[count, 0] != 0
 
 
-@compiled(SIGNATURE)
-def decode_step(
+@njit(nogil=True)
+def _step(
     state: Any,
     plan: Any,
     dims: Any,
     eps: float,
-    tokens: Any,
     angles: Any,
-    places: Any,
+    tables: Any,
+    held: Any,
     room: Any,
     logits: Any,
+    tokens: Any,
 ) -> int:
-    """Advance B sequences by one token: `tokens [B]` → `logits [B, V_r]`, and in `tokens` the likeliest next ones.
-
-    state: the group's (see `comm.rounds`) · angles `[B, 2, D/2]` cos and sin · places `[B, 2 + pages]` tokens held with
-    this one, its slot, the sequence's pages · room: float32 to work in, see `room_needed`. Gives
-    `DONE`, or a wait's code where a rank is missing or differs.
-    """
+    """One token of each sequence, the last that it holds: `tokens [B]` → `logits [B, V_r]`; a wait's code."""
     b, n, size, f = len(tokens), dims[HEADS], dims[SIZE], dims[FEED_FORWARD]
     h, wide, last = dims[HIDDEN], (dims[HEADS] + 2 * dims[KV_HEADS]) * dims[SIZE], plan[dims[LAYERS]]
     x, room = room[: b * h].reshape((b, h)), room[b * h :]
@@ -166,7 +166,7 @@ def decode_step(
         _project(dims, row[QKV], normed, qkv)
         _with_bias(row[QKV_BIAS], qkv)
         for s in range(b):
-            _heads(row, dims, eps, angles[s], places[s], qkv[s], scores, seen[s])
+            _heads(row, dims, eps, angles, tables[s], held[s], qkv[s], scores, seen[s])
         code = _add_reduced(state, row[ATTENTION_CALL], row[OUT], row[OUT_BIAS], dims, seen, x)
         if code != DONE:
             return code
@@ -179,7 +179,48 @@ def decode_step(
             return code
     _normed(last[FINAL_NORM], eps, x, normed)
     _project(dims, last[LOGITS], normed, logits)
-    return _likeliest(state, last, dims, logits, tokens)
+    return DONE
+
+
+@compiled(SIGNATURE)
+def decode(
+    state: Any,
+    plan: Any,
+    dims: Any,
+    eps: float,
+    angles: Any,
+    tables: Any,
+    held: Any,
+    stops: Any,
+    piece: int,
+    room: Any,
+    logits: Any,
+    tokens: Any,
+) -> int:
+    """Advance B sequences by their likeliest tokens, `tokens [0]` → `tokens [1]` and so on, one or more of each.
+
+    It ends where `tokens [1 + most, B]` is full, behind one of `stops`, or where the next token would come later than
+    `piece` nanoseconds from now. state: the group's (see `comm.rounds`) · angles `[positions, 2, D/2]` cos and sin ·
+    tables `[B, pages]` · held `[B]`: tokens in the pages with the first new one; advanced by what was made, `logits
+    [B, V_r]` are the last ones · room: float32 to work in, see `room_needed`. Gives `DONE`, or a wait's code where a
+    rank is missing or differs.
+    """
+    made, over, start = 0, False, now(state)
+    while not over:
+        code = _step(state, plan, dims, eps, angles, tables, held, room, logits, tokens[made])
+        if code != DONE:
+            return code
+        made += 1
+        late = (now(state) - start) * (made + 1) > piece * made
+        code, over = _likeliest(state, plan[dims[LAYERS]], dims, logits, late, tokens[made])
+        if code != DONE:
+            return code
+        held += 1
+        over = over or made + 1 == len(tokens)
+        for token in tokens[made]:
+            for stop in stops:
+                over = over or token == stop
+    return DONE
 
 
 def room_needed(dims: Any, sequences: int, held: int) -> int:
