@@ -107,6 +107,10 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
     "integers": (
         tensors(lambda held: held.update({UP: held[UP].int()})), UNSUPPORTED, f"tensor '{UP}' holds int32; a model's",
     ),
+    "no numbers": (
+        tensors(lambda held: held.update({DOWN: held[DOWN] * float("nan")})), FILE,
+        "its logits are no numbers (NaN) behind 0 generated tokens; check its weights",
+    ),
     "one more": (tensors(lambda held: held.update({"x": held[UP].clone()})), FILE, "tensor 'x' (1 such) has no place"),
     "deep config": (text("config.json", "[" * 100_000), FILE, "it is nested too deeply"),
     "config twice": (text("config.json", '{"a": 1, "a": 2}'), FILE, "the key 'a' occurs twice"),
@@ -130,7 +134,10 @@ DAMAGES: dict[str, tuple[Damage, int, str]] = {
     "silent template": (text("chat_template.jinja", "{{ ''.__class__ }}"), USAGE, "makes no token of it; use --raw"),
 }  # fmt: skip
 
-SHOWN = ("truncated", "integers", "many layers", "pickle", "absent tensor", "endless template", "silent template")
+SHOWN = (
+    "truncated", "integers", "no numbers", "many layers", "pickle", "absent tensor", "endless template",
+    "silent template",
+)  # fmt: skip
 """Of each kind of refusal one; the others have their tests beside the readers, and theirs here in the long suite."""
 
 

@@ -7,7 +7,7 @@ from shardwright.comm.group import Group
 from shardwright.comm.single import SingleGroup
 from shardwright.comm.thread import ThreadGroup
 from shardwright.engine.engine import Engine
-from shardwright.engine.request import Finish, Request, SamplingParams
+from shardwright.engine.request import NO_TOKEN, Finish, Request, SamplingParams
 from shardwright.engine.scheduler import Scheduler
 from shardwright.layers.batch import Batch
 from shardwright.models.compilable import kv_dtype
@@ -88,3 +88,41 @@ def test_pages_are_of_the_type_that_is_told_beforehand(shape: dict[str, object],
     config = tiny_config(dtype=dtype, **shape)
     engine = Engine(Decoder(config, SingleGroup()).to(getattr(torch, dtype)))
     assert {kv.k.dtype for kv in engine.kv} == {getattr(torch, kv_dtype(config))}
+
+
+POISON = 12
+"""A word whose embedding is no number: a text in which it stands has no next word, and no other text may notice."""
+
+
+def texts(group: Group, config: ModelConfig, prompts: list[list[int]], temperature: float) -> list[list[int]]:
+    model = Decoder(config, group)
+    start, stop = model.cuts.vocabulary.range(group.rank)
+    if start <= POISON < stop:
+        model.embedding.weight.data[POISON - start] = torch.nan
+    engine = Engine(model, Scheduler(config.context, 4))
+    params = SamplingParams(max_tokens=8, temperature=temperature, top_k=20 if temperature else 0)
+    for number, prompt in enumerate(prompts):
+        engine.add(Request(number=number, tokens=tuple(prompt), params=params))
+    found: list[list[int]] = [[] for _ in prompts]
+    while engine.busy:
+        for new in engine.step():
+            assert (new.finish == "nan") == (new.token == NO_TOKEN)
+            found[new.number].append(new.token)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_text_without_numbers_ends_alone(ranks: int, temperature: float) -> None:
+    """By the compiled step at one rank, by torch at three; the other texts are the same as without it, bit for bit."""
+    config = tiny_config(context=16)
+    others, poisoned = [PROMPTS[0], PROMPTS[3]], [PROMPTS[0], [2, POISON, 5], PROMPTS[3]]
+
+    def run(prompts: list[list[int]]) -> list[list[list[int]]]:
+        if ranks == 1:
+            return [texts(SingleGroup(), config, prompts, temperature)]
+        return ThreadGroup.run(ranks, lambda group: texts(group, config, prompts, temperature))
+
+    first, second = run(others)[0]
+    assert all(found == [first, [NO_TOKEN], second] for found in run(poisoned))
+    assert len(first) == len(second) == 8, "of other texts the poisoned word is no part"

@@ -83,10 +83,10 @@ def check_every_variant(group: Group) -> None:
 
 
 def check_several_at_once(group: Group) -> None:
-    """Tokens of one call equal those of as many calls, exactly: it is the same arithmetic in the same order. A stop or
-    the given number ends the call for all sequences, on every rank behind the same token.
+    """Tokens of one call equal those of as many calls, exactly: it is the same arithmetic in the same order. A stop,
+    the given number or a text without numbers ends the call for all, on every rank behind the same token.
     """
-    model = Decoder(tiny_config(tied=True), group)
+    model = Decoder(tiny_config(), group)
     for parameter in model.parameters():
         parameter.data.mul_(5)
     with torch.inference_mode():
@@ -103,6 +103,9 @@ def check_several_at_once(group: Group) -> None:
         assert torch.equal(last, logits)
         stop = by_one[0][1]
         assert compiled([5, 1, 7], held, tables, most=2, stops={stop})[1] == [[token] for token in by_one[0]]
+        start, end = model.cuts.vocabulary.range(group.rank)
+        model.embedding.weight.data[max(9 - start, 0) : max(min(10, end) - start, 0)] = torch.nan  # the word 9
+        assert compiled([9, 1, 7], held, tables, most=2)[1] == [[-1], *([token] for token in by_one[0][1:])]
         with patch("shardwright.models.compiled.PIECE", 0):  # no time is left behind the first
             assert compiled([5, 1, 7], held, tables, most=2)[1] == [[token] for token in by_one[0]]
     group.end_step()

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shardwright.cli.options import ranks_or_auto, with_options
-from shardwright.errors import UsageError
+from shardwright.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from shardwright.engine.request import Request
     from shardwright.engine.session import RunReport, Session
+    from shardwright.engine.source import ModelSource
     from shardwright.models.config import ModelConfig
     from shardwright.plan.measured import Choice
-    from shardwright.text.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 
@@ -72,7 +72,7 @@ def generate(options: GenerateOptions) -> None:
     choice = _choice(source.config, len(tokens), options) if wanted is None else None
     tp = choice.tp if choice else wanted or 1
     with _session(source.path, options.dtype, tp) as session:
-        generated = _streamed(session, request, source.tokenizer, quiet=options.as_json)
+        generated = _streamed(session, request, source, quiet=options.as_json)
     report = session.report
     if options.as_json:
         text = source.tokenizer.decode(generated)
@@ -118,15 +118,20 @@ def _session(path: Path, dtype: str | None, tp: int) -> "Iterator[Session]":
         yield Session(job, tp, started, progress)
 
 
-def _streamed(session: "Session", request: "Request", tokenizer: "Tokenizer", *, quiet: bool) -> list[int]:
+def _streamed(session: "Session", request: "Request", source: "ModelSource", *, quiet: bool) -> list[int]:
     """Generate, printing text as it becomes whole; the tokens."""
-    tokens, stream = [], tokenizer.stream()
+    tokens, stream, finish = [], source.tokenizer.stream(), None
     for new in session.run([request]):
-        tokens.append(new.token)
-        if not quiet:
-            print(stream.step(new.token), end="", flush=True)
-    if not quiet:
+        finish = new.finish
+        if finish != "nan":
+            tokens.append(new.token)
+            if not quiet:
+                print(stream.step(new.token), end="", flush=True)
+    if tokens and not quiet:
         print(stream.finish(), flush=True)
+    if finish == "nan":
+        said = f"its logits are no numbers (NaN) behind {len(tokens)} generated tokens"
+        raise FileError(source.path, said, "check its weights, or try --dtype float32")
     return tokens
 
 

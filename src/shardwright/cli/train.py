@@ -145,7 +145,7 @@ def _sampler(recipe: "Recipe") -> "Callable[[Decoder, Tokenizer], str]":
         engine.add(Request(number=0, tokens=tuple(tokens), params=params, stop=tuple(sorted(tokenizer.stop_ids))))
         generated = []
         while engine.busy:
-            generated += [new.token for new in engine.step()]
+            generated += [new.token for new in engine.step() if new.finish != "nan"]
         return tokenizer.decode(tokens + generated)
 
     return sample

@@ -22,7 +22,9 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """One prompt's continuation. token_ids: the generated ones, a stop token included."""
+    """One prompt's continuation. token_ids: the generated ones, a stop token included · finish: `stop`, `length`, or
+    `nan`: the model gave no numbers behind the last of them, and the prompt ends there; others of its batch do not.
+    """
 
     text: str
     token_ids: list[int]
@@ -95,7 +97,8 @@ class LLM:
         finishes: dict[int, Finish] = {}
         with self._turn:
             for new in self._session.run(requests):
-                generated[new.number].append(new.token)
+                if new.finish != "nan":
+                    generated[new.number].append(new.token)
                 if new.finish:
                     finishes[new.number] = new.finish
         decode = self.source.tokenizer.decode

@@ -6,8 +6,11 @@ from typing import Literal
 
 from shardwright.errors import UsageError
 
-Finish = Literal["stop", "length"]
-"""Why a text ended: a stop token, or its limit of tokens (its own, or the model's context)."""
+Finish = Literal["stop", "length", "nan"]
+"""Why a text ended: a stop token, its limit of tokens (its own or the model's context), logits that are no numbers."""
+
+NO_TOKEN = -1
+"""What follows where no logit is a number above minus infinity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class NewToken:
-    """One generated token of one request, and why the text ended with it, if it did."""
+    """One generated token of one request, and why the text ended with it, if it did; `NO_TOKEN` where it is `nan`."""
 
     number: int
     token: int

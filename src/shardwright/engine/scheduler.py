@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import final
 
-from shardwright.engine.request import Finish, NewToken, Request, Sequence
+from shardwright.engine.request import NO_TOKEN, Finish, NewToken, Request, Sequence
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Scheduler:
         return NewToken(sequence.request.number, token, finish)
 
     def _finish(self, sequence: Sequence, token: int) -> Finish | None:
+        if token == NO_TOKEN:
+            return "nan"
         if token in sequence.request.stop:
             return "stop"
         full = len(sequence.tokens) >= self.context

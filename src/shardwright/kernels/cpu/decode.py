@@ -111,7 +111,7 @@ def _add_reduced(state: Any, fingerprint: int, weight: int, bias: int, dims: Any
 
 @njit(nogil=True)
 def _likeliest(state: Any, last: Any, dims: Any, logits: Any, over: bool, tokens: Any) -> Any:
-    """`tokens [B]` = the words of the largest logits over all ranks, the lowest of equal ones.
+    """`tokens [B]` = the words of the largest logits of all ranks, the lowest of equal ones, or -1 where there is none.
 
     Gives a wait's code, and whether rank 0 found that it is `over`: all ranks go by one clock.
     """
@@ -127,7 +127,7 @@ def _likeliest(state: Any, last: Any, dims: Any, logits: Any, over: bool, tokens
     if code != DONE:
         return code, True
     for s in range(count):
-        top = -np.inf
+        top, tokens[s] = -np.inf, -1
         for rank in range(state[RANKS]):
             offer = carray(_float64_at(slot_of(state, rank)), (count, 2))[s]
             if offer[0] > top:
@@ -199,11 +199,11 @@ def decode(
 ) -> int:
     """Advance B sequences by their likeliest tokens, `tokens [0]` → `tokens [1]` and so on, one or more of each.
 
-    It ends where `tokens [1 + most, B]` is full, behind one of `stops`, or where the next token would come later than
-    `piece` nanoseconds from now. state: the group's (see `comm.rounds`) · angles `[positions, 2, D/2]` cos and sin ·
-    tables `[B, pages]` · held `[B]`: tokens in the pages with the first new one; advanced by what was made, `logits
-    [B, V_r]` are the last ones · room: float32 to work in, see `room_needed`. Gives `DONE`, or a wait's code where a
-    rank is missing or differs.
+    It ends where `tokens [1 + most, B]` is full, behind one of `stops` or a -1, or where the next token would come
+    later than `piece` nanoseconds from now. state: the group's (see `comm.rounds`) · angles `[positions, 2, D/2]` cos
+    and sin · tables `[B, pages]` · held `[B]`: tokens in the pages with the first new one, advanced by what was made ·
+    room: float32 to work in, see `room_needed` · logits `[B, V_r]`: the last ones. Gives `DONE`, or a wait's code where
+    a rank is missing or differs.
     """
     made, over, start = 0, False, now(state)
     while not over:
@@ -218,6 +218,7 @@ def decode(
         held += 1
         over = over or made + 1 == len(tokens)
         for token in tokens[made]:
+            over = over or token < 0
             for stop in stops:
                 over = over or token == stop
     return DONE
