@@ -52,7 +52,7 @@ bench-peers: .venv-peers/done .venv-vllm/done
 # Measures everything, some half an hour with nothing else running, and writes docs/performance.md.
 performance: $(VENV)/test.done bench-peers
 	mkdir -p benchmarks/results
-	for name in all_reduce matmul_all_reduce decode load overhead crowded train_step; do \
+	for name in all_reduce matmul_all_reduce decode lockstep load overhead crowded train_step; do \
 	  $(BIN)/python benchmarks/$$name.py --json > build.json && mv build.json benchmarks/results/$$name.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/report.py

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "all_reduce": "All-reduce of two ranks",
     "matmul_all_reduce": "Matmul and all-reduce in one call, two ranks",
     "decode": "Decoding, and reading a prompt",
+    "lockstep": "Decoding, and only reading its weights",
     "load": "From the start of the process to the first token, and memory",
     "overhead": "What the layers cost at one rank",
     "crowded": "Beside a busy process",
