@@ -155,11 +155,11 @@ def test_no_embedded_model_says_how_to_install_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "kernels"])
 def test_help_is_quick(command: str) -> None:
-    """0.3 s is the promise. A machine may be so slow that the library's smallest program takes half of that: there the
-    bound is what the library leaves, and torch alone would be five times it.
+    """0.3 s is the promise. Where the machine is so slow that a program of one option takes a third of that, the bound
+    is that program's to move; torch would take seven times it.
     """
     ours, library = processor_seconds([SHARDWRIGHT, command, "--help"], SMALLEST)
-    assert ours < max(0.3, 2.5 * library)
+    assert ours < max(0.3, 3 * library)
 
 
 def test_help_shows_an_example() -> None:
