@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.processor_time import SMALLEST, processor_seconds
+from tests.processor_time import processor_seconds
 
 SHARDWRIGHT = str(Path(sys.executable).with_name("shardwright"))
 QUESTION = "What is the capital of France?"
@@ -155,11 +155,8 @@ def test_no_embedded_model_says_how_to_install_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["generate", "kernels"])
 def test_help_is_quick(command: str) -> None:
-    """0.3 s is the promise. Where the machine is so slow that a program of one option takes a third of that, the bound
-    is that program's to move; torch would take seven times it.
-    """
-    ours, library = processor_seconds([SHARDWRIGHT, command, "--help"], SMALLEST)
-    assert ours < max(0.3, 3 * library)
+    """0.3 s is the promise; in processor time, since other work may hold the machine."""
+    assert processor_seconds([SHARDWRIGHT, command, "--help"]) < 0.3
 
 
 def test_help_shows_an_example() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.processor_time import SMALLEST, processor_seconds
+from tests.processor_time import processor_seconds
 from typer.testing import CliRunner
 
 from shardwright.cli.main import app
@@ -88,12 +88,9 @@ def test_the_winner_can_be_run(model: str, cluster: str, train: tuple[int, int])
 
 
 def test_qwen_72b_on_eight_cards_in_half_a_second() -> None:
-    """The aim, process and all, on a quiet machine; here processor time, which neighbours change less, best of five.
-    Where the machine is so slow that a program of one option takes a quarter of that, it moves the bound.
-    """
+    """The aim, process and all, on a quiet machine; here processor time, which neighbours change less."""
     command = [sys.executable, "-m", "shardwright", "plan", "qwen1.5-72b", "--cluster", "8x910b2", "--json"]
-    ours, library = processor_seconds(command, SMALLEST)
-    assert ours < max(0.5, 4 * library)
+    assert processor_seconds(command) < 0.5
 
 
 def test_sixteen_thousand_devices_in_half_a_second() -> None:
