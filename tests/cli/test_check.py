@@ -30,7 +30,7 @@ def test_check_answers_within_a_second() -> None:
     """In processor time; the largest config shipped."""
     largest = ("check", "--model", str(CONFIGS / "llama-3.1-405b.json"))
     assert "supported: yes · family llama · 405,853,388,800 parameters" in run(*largest).stdout
-    assert processor_seconds([*COMMAND, *largest]) < 1
+    assert processor_seconds([*COMMAND, *largest], promised=1) < 1
 
 
 def test_check_of_the_embedded_model() -> None:

@@ -156,7 +156,7 @@ def test_no_embedded_model_says_how_to_install_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["generate", "kernels"])
 def test_help_is_quick(command: str) -> None:
     """0.3 s is the promise; in processor time, since other work may hold the machine."""
-    assert processor_seconds([SHARDWRIGHT, command, "--help"]) < 0.3
+    assert processor_seconds([SHARDWRIGHT, command, "--help"], promised=0.3) < 0.3
 
 
 def test_help_shows_an_example() -> None:

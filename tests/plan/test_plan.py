@@ -90,7 +90,7 @@ def test_the_winner_can_be_run(model: str, cluster: str, train: tuple[int, int])
 def test_qwen_72b_on_eight_cards_in_half_a_second() -> None:
     """The aim, process and all, on a quiet machine; here processor time, which neighbours change less."""
     command = [sys.executable, "-m", "shardwright", "plan", "qwen1.5-72b", "--cluster", "8x910b2", "--json"]
-    assert processor_seconds(command) < 0.5
+    assert processor_seconds(command, promised=0.5) < 0.5
 
 
 def test_sixteen_thousand_devices_in_half_a_second() -> None:
